@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import NoReturn
 
 from consumers.settings import LogSettings
 from producers.json_logs import JsonFormatter
@@ -14,11 +15,15 @@ TESTED_RQ = ("3.0",)  # first parts of version numbers
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOGGERS_OF_RQ = ("rq.worker", "rq.job")
 
+_exited_on: list[int] = []  # signals for which `exit_on_signal` has raised SystemExit
+
 
 def write_logs(level: int) -> None:
     """Write log lines of `level` and above to stderr, as HISTORY_LOG says. Raises SettingsError."""
     logging.basicConfig(level=level, format=_TEXT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # If this logger has no level when RQ is imported, RQ sets it to INFO. Batches write to a logger below it.
+    logging.getLogger("rq.worker").setLevel(level)
     write_json_if_set()
 
 
@@ -44,8 +49,27 @@ def write_json_if_set() -> None:
 def on_stop_signals(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> None:
     """Call `handler` on these signals, except those that this process has ignored since its start.
 
-    `nohup` makes its command ignore SIGHUP; a shell makes a script's background processes ignore SIGINT.
+    `nohup` makes its command ignore SIGHUP; a shell makes a script's background processes ignore SIGINT. The handler is
+    called at once if a signal of `exit_on_signal` was lost.
     """
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+    while _exited_on:
+        handler(_exited_on.pop(), None)
+
+
+def exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
+    """End the process as Ctrl-C does, with exit status 128 + `number`: a handler for `on_stop_signals`.
+
+    Python ignores exceptions in callbacks of deleted objects, which run during imports. Therefore, a command that runs
+    until a signal calls `on_stop_signals` or `exit_if_signal_was_lost` after its imports.
+    """
+    _exited_on.append(number)
+    raise SystemExit(128 + number)
+
+
+def exit_if_signal_was_lost() -> None:
+    """End the process if it has received a signal that should have ended it."""
+    if _exited_on:
+        raise SystemExit(128 + _exited_on.pop())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from producers.errors import SettingsError
 from producers.settings import EnvironmentSettings
@@ -127,28 +127,25 @@ def origin_of(url: str) -> str | None:
     return f"{parts.scheme}://{host}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
 
 
+def _web_address(url: str) -> str:
+    parts = urlsplit(url)
+    # The page shows it as a link, and a javascript: URL would run there.
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError("must be an http:// or https:// URL")
+    if "@" in parts.netloc:
+        raise ValueError("must have no password, since the page shows it")
+    if origin_of(url) is None:
+        raise ValueError("must have a host name; its port, if given, must be from 0 to 65535")
+    return url
+
+
 class DashboardSettings(EnvironmentSettings):
     """Password of RQ Dashboard's only account, its address in browsers, and whether it refuses changes."""
 
     password: SecretStr | None = Field(None, alias="HISTORY_DASHBOARD_PASSWORD")
     # The history page links to it. Behind a proxy, browsers request this name and path.
-    url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
+    url: Annotated[str, AfterValidator(_web_address)] | None = Field(None, alias="HISTORY_DASHBOARD_URL")
     is_readonly: bool = Field(False, alias="HISTORY_DASHBOARD_READONLY")
-
-    @field_validator("url")
-    @classmethod
-    def _is_a_web_address(cls, url: str | None) -> str | None:
-        if url is None:
-            return url
-        parts = urlsplit(url)
-        # The page shows it as a link, and a javascript: URL would run there.
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError("must be an http:// or https:// URL")
-        if "@" in parts.netloc:
-            raise ValueError("must have no password, since the page shows it")
-        if origin_of(url) is None:
-            raise ValueError("must have a host name; its port, if given, must be from 0 to 65535")
-        return url
 
 
 def ping_url(text: str) -> SecretStr:

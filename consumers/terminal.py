@@ -434,8 +434,7 @@ def print_any_character() -> None:
 
 
 def _json_escapes(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
+    assert isinstance(error, UnicodeEncodeError)  # output is only encoded
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 

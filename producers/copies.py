@@ -64,17 +64,15 @@ class CopyGuard:
         over, and both now exchange the token of the same outbox.
         """
         keys = [token_key(source) for source in sources]
+        token = secrets.token_hex(8)
         for _ in range(_TRIES):
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it only in part
                 found = {shown(token) for token in pipe.mget(keys) if token is not None}
-                header = self._outbox.header.read()
-                is_own = found <= {header.token, header.next_token}
-                token = secrets.token_hex(8)
-                # The outbox keeps both tokens until Redis has answered: if this process dies, Redis may have either.
-                before = found.pop() if found and is_own else header.token
-                if is_own and not self._outbox.header.begin_exchange(header, before, token):
-                    continue
+                is_own = found <= self._outbox.header.read().tokens
+                if is_own:
+                    # The outbox has all tokens until Redis answers: if this process dies, Redis may have either.
+                    self._outbox.header.begin_exchange(token)
                 pipe.multi()
                 if is_own:
                     _set_tokens(pipe, keys, token)

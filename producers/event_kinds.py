@@ -194,7 +194,7 @@ class Event(_Contract):
     @property
     def trace(self) -> TraceContext | None:
         """The trace context of the call that recorded the event, if its envelope has a valid one."""
-        return trace_of(self.model_extra) if self.model_extra else None
+        return trace_of(self.model_extra or {})
 
     @classmethod
     def from_text(cls, text: str) -> Self:

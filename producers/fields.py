@@ -124,9 +124,7 @@ class _WireText:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         wire = core_schema.custom_error_schema(
-            core_schema.no_info_after_validator_function(
-                self.parse, core_schema.str_schema(pattern=self.pattern, strict=True)
-            ),
+            core_schema.no_info_after_validator_function(self.parse, core_schema.str_schema(pattern=self.pattern)),
             "contract",
             custom_error_message=self.reason,
         )
@@ -140,7 +138,7 @@ class _WireText:
 
 
 def _money_from_python(value: Any) -> Decimal:
-    exact = value if type(value) is Decimal else _exact_number(value)
+    exact = _exact_number(value)
     if not exact.is_finite():
         raise contract_error("must be finite, not NaN or Infinity")
     if exact.copy_abs() < _MONEY_LIMIT:
@@ -170,7 +168,7 @@ def _other_number(value: Any) -> int | Decimal:
     if not isinstance(number, Fraction):
         return number
     if abs(number) >= _MONEY_LIMIT:
-        raise contract_error(_MONEY_TOO_LARGE)
+        raise contract_error(_MONEY_TOO_LARGE)  # before rounding, which takes long for very many digits
     # round() rounds half-even, as for all amounts; the result is not rounded again.
     return Decimal(round(number * 10**MONEY_DECIMALS)).scaleb(-MONEY_DECIMALS, context=_MONEY_CONTEXT)
 
@@ -229,7 +227,7 @@ def is_datetime(value: Any) -> TypeGuard[datetime]:
 
 def plain_datetime(moment: datetime) -> datetime:
     """Return a time of a subclass as a datetime: pandas' Timestamp has nanoseconds and other methods."""
-    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), moment.tzinfo)
+    return datetime.combine(moment.date(), moment.time(), moment.tzinfo)
 
 
 def not_a_datetime(value: Any) -> str:

@@ -160,7 +160,7 @@ def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -
 # From JSON, this checks the shape only: `exact_signals` checks the values after reading the numbers without loss.
 Signals = Annotated[
     list[dict[str, Any]],
-    Field(min_length=1, max_length=MAX_SIGNALS, strict=True),
+    Field(min_length=1, max_length=MAX_SIGNALS),
     AfterValidator(_storable_from_python),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import NamedTuple
 
 from producers.outbox_clock import OutboxClock
@@ -9,24 +10,35 @@ from producers.outbox_file import OutboxFile
 
 RELAY_ALIVE_SECONDS = 10.0  # a relay process counts as ended when its last heartbeat is older
 
-_HEADER = "SELECT token, next_token, redis, queue, relay, relay_at FROM outbox"
+_MOST_NEXT_TOKENS = 20  # exchanges that ended halfway must not fill the row
+
+_HEADER = "SELECT token, next_tokens, redis, queue, relay, relay_at FROM outbox"
 _REPLACE_SOURCES = """
 UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING name || '/' || id
 """
 
 
 class Header(NamedTuple):
-    """Header of an outbox. `token` distinguishes copies, `next_token` is about to replace it, `relay` names a process.
+    """Header of an outbox.
 
-    `relay_at` is the time of the relay's last heartbeat by the outbox's clock.
+    Attributes:
+        token: Distinguishes copies of the outbox: Redis has the same token.
+        next_tokens: Tokens that may have replaced it in Redis, the newest one last, separated by spaces.
+        relay: Name of the relay process that sent the last heartbeat.
+        relay_at: Time of this heartbeat by the outbox's clock.
     """
 
     token: str
-    next_token: str | None
+    next_tokens: str
     redis: str | None
     queue: str | None
     relay: str | None
     relay_at: float | None
+
+    @property
+    def tokens(self) -> set[str]:
+        """All tokens that Redis may have, if no other copy has replaced them."""
+        return {self.token, *self.next_tokens.split()}
 
 
 class OutboxHeader:
@@ -44,19 +56,22 @@ class OutboxHeader:
         with self._file.reading() as db:
             return Header(*db.execute(_HEADER).fetchone())
 
-    def begin_exchange(self, before: Header, token: str, next_token: str) -> bool:
-        """Store that Redis has `token` and is about to get `next_token`; until Redis answers, it may have either.
-
-        Return False and store nothing if another relay has begun or ended an exchange since `before` was read.
-        """
+    def begin_exchange(self, token: str) -> None:
+        """Store that Redis may get this token from now on. The tokens that it may have already are kept."""
         with self._file.transaction() as db:
-            query = "UPDATE outbox SET token = ?, next_token = ? WHERE token = ? AND next_token IS ?"
-            return db.execute(query, (token, next_token, before.token, before.next_token)).rowcount == 1
+            others = [one for one in _next_tokens(db) if one != token]
+            _set_next_tokens(db, [*others, token][-_MOST_NEXT_TOKENS:])
 
     def end_exchange(self, token: str) -> None:
-        """Store that Redis has this token now. If another relay has begun an exchange since, nothing changes."""
+        """Store that Redis has this token, and no token of an exchange that began earlier.
+
+        If another relay has already ended an exchange that began later, nothing changes.
+        """
         with self._file.transaction(durable=False) as db:
-            db.execute("UPDATE outbox SET token = next_token, next_token = NULL WHERE next_token = ?", (token,))
+            next_tokens = _next_tokens(db)
+            if token in next_tokens:
+                db.execute("UPDATE outbox SET token = ?", (token,))
+                _set_next_tokens(db, next_tokens[next_tokens.index(token) + 1 :])
 
     def replace_sources(self) -> list[str]:
         """Give new events new sources, because a copy uses the current ones; return the old sources' full names."""
@@ -87,3 +102,12 @@ class OutboxHeader:
         with self._file.reading() as db:
             at = Header(*db.execute(_HEADER).fetchone()).relay_at
             return at is not None and abs(self._clock.now(db) - at) <= RELAY_ALIVE_SECONDS
+
+
+def _next_tokens(db: sqlite3.Connection) -> list[str]:
+    (tokens,) = db.execute("SELECT next_tokens FROM outbox").fetchone()
+    return str(tokens).split()
+
+
+def _set_next_tokens(db: sqlite3.Connection, tokens: list[str]) -> None:
+    db.execute("UPDATE outbox SET next_tokens = ?", (" ".join(tokens),))

@@ -22,7 +22,7 @@ from pathlib import Path
 from producers.errors import OutboxError
 from producers.outbox_clock import ClockReading
 
-VERSION = 6
+VERSION = 7
 
 # Condition for an entry of the log: it has no row in `outcomes` or `retries`.
 IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
@@ -37,9 +37,9 @@ UPDATE outbox SET sent_through = coalesce(
 """  # noqa: S608  # a constant
 
 # All times are seconds since the epoch by the outbox's own clock.
-# `outbox` has one row. `token` distinguishes copies of the file, `next_token` is about to replace it; `redis` and
-# `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four clock columns
-# are a ClockReading.
+# `outbox` has one row. `token` distinguishes copies of the file, one of `next_tokens` may have replaced it in Redis;
+# `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
+# clock columns are a ClockReading.
 # `sources` has the last number of each source. Each name has one current source, which new events get; the entries of
 # the other sources are still relayed.
 # `losses` has the numbers whose entries could not be read from a damaged file.
@@ -55,7 +55,7 @@ CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     sent_through INTEGER NOT NULL DEFAULT 0,
     token TEXT NOT NULL,
-    next_token TEXT,
+    next_tokens TEXT NOT NULL DEFAULT '',
     redis TEXT,
     queue TEXT,
     relay TEXT,

@@ -8,7 +8,7 @@ import random
 import re
 import time
 from contextlib import suppress
-from datetime import UTC, datetime, timezone, tzinfo
+from datetime import datetime, timezone, tzinfo
 from zoneinfo import ZoneInfo, available_timezones
 
 from producers.errors import InvalidEvent
@@ -128,4 +128,4 @@ def with_fixed_offset(moment: datetime) -> datetime:
     """Return an aware time with a fixed offset instead of a zone: Python compares times in one zone without offsets."""
     offset = moment.utcoffset()
     assert offset is not None
-    return moment.replace(tzinfo=UTC if not offset else timezone(offset), fold=0)
+    return moment.replace(tzinfo=timezone(offset))

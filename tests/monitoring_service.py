@@ -28,7 +28,8 @@ class Service:
     """The service. `url` is that of its check.
 
     Each element of `answers` is for one request, the last one for all later requests. An answer is a status, a status
-    with a body or a Location, `drips` (one byte of a header every 0.1 s), `drips body`, or `silent` (no answer).
+    with a body or a Location, `drips` (one byte of a header every 0.1 s), `drips body`, `broken body`, `no HTTP`, or
+    `silent` (no answer).
     """
 
     answers: Sequence[Any] = (200,)
@@ -65,6 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif answer == "drips body":
             self._send(200, b"", {"Content-Length": "1000"})
             self._drip(b"x" * 1000)
+        elif answer == "broken body":
+            self._send(200, b"no length of a chunk\r\n", {"Transfer-Encoding": "chunked"})
+        elif answer == "no HTTP":
+            self.wfile.write(f"cannot serve {CHECK_ID}\r\n".encode())
         else:
             self._answer(*(answer if isinstance(answer, tuple) else (answer, b"OK")))
 

@@ -15,6 +15,19 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def free_ports(count: int) -> int:
+    """Return the first of `count` consecutive ports that nobody listens at now."""
+    while True:
+        first = free_port()
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as one:
+                    one.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            continue
+        return first
+
+
 def wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Wait until a server that writes to `log` accepts connections.
 

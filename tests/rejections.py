@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
-from consumers.ops.failed import rejections
+from consumers.ops.rejections import rejections
 from producers.events import SNAPSHOT_TYPE, encode, event_of
 from tests.deliveries import burst, history_queue
 from tests.factories import a_snapshot

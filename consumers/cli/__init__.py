@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -26,9 +26,10 @@ from consumers.cli import (
     serving,
     status,
     up,
+    withdrawing,
 )
 from consumers.cli.error_messages import error_message
-from consumers.process_setup import on_stop_signals, write_logs
+from consumers.process_setup import exit_on_signal, on_stop_signals, write_logs
 from consumers.terminal import escaped, print_any_character
 from producers.errors import SettingsError
 
@@ -114,7 +115,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "audit": audit.audit,
         "failed": failed.failed_app,
-        "withdraw": failed.withdraw,
+        "withdraw": withdrawing.withdraw,
         "outbox": outbox.outbox_app,
     },
     "Import and export": {
@@ -131,14 +132,9 @@ for _panel, _commands in _COMMANDS.items():
             app.command(_name, rich_help_panel=_panel)(_command)
 
 
-def _terminate(number: int, _: object) -> NoReturn:
-    # As on Ctrl-C, servers and workers that this command has started are stopped on the way out.
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Run the command. Exit status: 0 fine, 1 failed or found something, 2 wrong usage, 128 + number of a signal."""
-    on_stop_signals((signal.SIGTERM, signal.SIGHUP), _terminate)
+    on_stop_signals((signal.SIGTERM, signal.SIGHUP), exit_on_signal)
     # Some supervisors close stdout or stderr: the command must work without them.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

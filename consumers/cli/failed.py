@@ -1,19 +1,26 @@
-"""The commands `trading-history failed`: list, show, requeue and discard rejected events; and `withdraw`."""
+"""The commands `trading-history failed`: list, show, requeue and discard rejected events."""
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID
 
 import typer
 
-from consumers.cli.options import AsJson, progress_bar, row_number, time_option
+from consumers.cli.options import AsJson, account_name, progress_bar
+from consumers.cli.rejection_options import (
+    Filters,
+    KindOption,
+    LimitOption,
+    ReasonOption,
+    SinceOption,
+    SourceOption,
+    UntilOption,
+    selected,
+    selected_or_named,
+)
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import (
@@ -27,9 +34,7 @@ from consumers.terminal import (
 from producers.errors import HistoryError
 
 if TYPE_CHECKING:
-    from consumers.ops.failed import Selection
-
-_STATEMENT_SECONDS = 20.0  # a lock is waited for at most 5 s
+    from consumers.ops.rejections import Selection
 
 failed_app = typer.Typer(
     help="List, show, requeue and discard rejected events.\n\nExample: trading-history failed list",
@@ -37,45 +42,6 @@ failed_app = typer.Typer(
 )
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Job id or event id.")]
-KindOption = Annotated[
-    str | None,
-    typer.Option("--kind", help="Only events of this kind: snapshot or archive; - for events of unknown kind."),
-]
-SourceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--source",
-        help="Only events of this source, such as bot, bot/4e1f or import; - for events of unknown source.",
-    ),
-]
-ReasonOption = Annotated[
-    str | None,
-    typer.Option("--reason", metavar="TEXT", help="Only events whose reason, or that of their group, has this part."),
-]
-SinceOption = Annotated[
-    datetime | None,
-    typer.Option(
-        "--since",
-        parser=time_option,
-        metavar="TIME",
-        help="Only events rejected from this time on, such as 2026-11-22T17:00, 7d or yesterday.",
-    ),
-]
-UntilOption = Annotated[
-    datetime | None,
-    typer.Option(
-        "--until",
-        parser=time_option,
-        metavar="TIME",
-        help="Only events rejected before this time, such as 2026-11-22T17:00, 2h or today.",
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(
-        "--limit", "-n", parser=row_number, metavar="NUMBER", help="At most this number of events, the oldest ones."
-    ),
-]
 All = Annotated[bool, typer.Option("--all", help="All rejected events; not with a name or options that select some.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, by group, but change nothing.")]
 
@@ -96,9 +62,9 @@ def failed_list(
 
     Example: trading-history failed list --since yesterday --source bot
     """
-    from consumers.ops.failed import as_dict, rejection_groups, rejections
+    from consumers.ops.rejections import as_dict, rejection_groups, rejections
 
-    selection = _selection(reason=reason, source=source, kind=kind, since=since, until=until, limit=limit)
+    selection = selected(Filters(reason, source, kind, since, until, limit))
     otherwise = "No event was rejected." if selection.is_empty else "No rejected event is selected."
     with stack(database=True):
         if each:
@@ -120,7 +86,7 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Job id
 
     Example: trading-history failed show 7c1f366e-c9c3-5876-873e-6a33c29b098d
     """
-    from consumers.ops.failed import Selection, as_dict, rejected_text, rejections
+    from consumers.ops.rejections import Selection, as_dict, rejected_text, rejections
 
     found = False
     with stack(database=True):
@@ -149,19 +115,11 @@ def failed_requeue(
 
     Example: trading-history failed requeue --reason "with other content" --dry-run
     """
-    from consumers.ops.failed import rejections, requeue
+    from consumers.ops.failed import requeue
+    from consumers.ops.rejections import rejections
 
-    selection = _selection(
-        name=name,
-        reason=reason,
-        source=source,
-        kind=kind,
-        since=since,
-        until=until,
-        limit=limit,
-        every=every,
-        required=True,
-    )
+    filters = Filters(reason, source, kind, since, until, limit)
+    selection = selected_or_named(name, filters, every=every)
     if dry_run:
         _print_plan(selection, "requeued")
         return
@@ -198,79 +156,22 @@ def failed_discard(
 
     Example: trading-history failed discard 7c1f366e-c9c3-5876-873e-6a33c29b098d --because "test data"
     """
-    from consumers.ops.failed import discard, rejections
+    from consumers.ops.failed import discard
+    from consumers.ops.rejections import rejections
 
-    selection = _selection(
-        name=name,
-        reason=reason,
-        source=source,
-        kind=kind,
-        since=since,
-        until=until,
-        limit=limit,
-        every=every,
-        required=True,
-    )
+    filters = Filters(reason, source, kind, since, until, limit)
+    selection = selected_or_named(name, filters, every=every)
     if dry_run:
         _print_plan(selection, "discarded")
         return
     if because is None or not because.strip():
         raise typer.BadParameter("say why the events may be discarded", param_hint="--because")
     named = name is not None  # options may select what somebody else has just requeued
-    actor = actor or _account()
+    actor = actor or account_name()
     with _action(selection) as (queue, total, on_progress):
         chosen = rejections(selection)
         count = discard(chosen, *queue, because, actor, even_waiting=named, on_progress=on_progress)
     _print_done(count, total, "discarded")
-
-
-def _selection(
-    *,
-    name: str | None = None,
-    reason: str | None,
-    source: str | None,
-    kind: str | None,
-    since: datetime | None,
-    until: datetime | None,
-    limit: int | None,
-    every: bool = False,
-    required: bool = False,
-) -> Selection:
-    """Return the selection of the options. Raises BadParameter if they contradict each other, or select nothing."""
-    from consumers.ops.failed import NONE, Selection
-    from producers.events import KINDS
-    from producers.settings import ZoneSettings
-    from producers.times import localized
-
-    kinds = [known.name for known in KINDS.values()]
-    if kind is not None and kind not in (*kinds, NONE):
-        raise typer.BadParameter(f"must be one of {', '.join(kinds)}, or - for an unknown kind", param_hint="--kind")
-    for option, text in (("--reason", reason), ("--source", source)):
-        if text is not None and not text.strip():
-            raise typer.BadParameter("must not be empty", param_hint=option)
-        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-            raise typer.BadParameter("must be UTF-8", param_hint=option)
-    zone = ZoneSettings.from_environment().timezone
-    selection = Selection(
-        kind=kind,
-        source=source,
-        reason=reason,
-        since=since and localized(since, zone, "--since"),
-        until=until and localized(until, zone, "--until"),
-        limit=limit,
-    )
-    try:
-        selection.values()
-    except OverflowError:
-        raise typer.BadParameter("is before the year 1 or after 9999 in UTC", param_hint="--since or --until") from None
-    if name is None and required and selection.is_empty and not every:
-        choices = "select some with --reason, --source, --kind, --since, --until or --limit, or all with --all"
-        raise typer.BadParameter(f"give a job id or event id, {choices}", param_hint="NAME")
-    if name is not None and (every or not selection.is_empty):
-        raise typer.BadParameter("give either a job id or event id, or options that select events", param_hint="NAME")
-    if every and not selection.is_empty:
-        raise typer.BadParameter("cannot be used with options that select events", param_hint="--all")
-    return selection if name is None else Selection(name=name)
 
 
 @contextmanager
@@ -280,7 +181,7 @@ def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], int, Callab
     Raises:
         HistoryError: a job id or event id was given, and no rejection has it.
     """
-    from consumers.ops.failed import count_rejections
+    from consumers.ops.rejections import count_rejections
     from producers.settings import TransportSettings
 
     with stack(database=True, redis=True):
@@ -299,7 +200,7 @@ def _print_done(count: int, selected: int, done: str) -> None:
 
 def _print_plan(selection: Selection, done: str) -> None:
     """Print the groups of the selection, and what would be done with them."""
-    from consumers.ops.failed import rejection_groups
+    from consumers.ops.rejections import rejection_groups
 
     with stack(database=True):
         groups = [asdict(group) for group in rejection_groups(selection)]
@@ -312,59 +213,3 @@ def _print_plan(selection: Selection, done: str) -> None:
 
 def _not_found(name: str) -> HistoryError:
     return HistoryError(f"no rejection has the job id or event id {name}")
-
-
-def _event_id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text} is not an event id: history --json and archives --json show them") from None
-
-
-def _not_empty(text: str | None) -> str | None:
-    if text is not None and not text.strip():
-        raise typer.BadParameter("must not be empty")
-    return text
-
-
-def withdraw(
-    event_id: Annotated[UUID, typer.Argument(parser=_event_id, metavar="EVENT_ID", help="Event id of the row.")],
-    reason: Annotated[str, typer.Option(callback=_not_empty, help="Why the row is wrong; recorded in withdrawals.")],
-    actor: Annotated[
-        str | None,
-        typer.Option(
-            callback=_not_empty,
-            help="Name of the person who withdraws it; by default the account that runs this command.",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the row, but change nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove a wrong row of history for good; its content, the reason and the actor are kept in withdrawals.
-
-    Example: trading-history withdraw 7c1f366e-c9c3-5876-873e-6a33c29b098d --reason "wrong balance" --dry-run
-    """
-    from consumers.db.engine import get_db, limit_statements
-    from consumers.db.withdrawals import withdraw as withdraw_row
-
-    with stack(database=True):
-        limit_statements(_STATEMENT_SECONDS)
-        with get_db() as db:
-            savepoint = db.begin_nested()
-            withdrawn = withdraw_row(db, event_id, reason, actor or _account())
-            if dry_run:
-                savepoint.rollback()
-    if as_json:
-        print_json(asdict(withdrawn))
-        return
-    content = {name: value for name, value in withdrawn.content.items() if not isinstance(value, list)}
-    print_values({"event_id": withdrawn.event_id, "source": withdrawn.source, "sequence": withdrawn.sequence} | content)
-    result = "would be withdrawn; nothing was changed" if dry_run else "was withdrawn"
-    print(f"Row {withdrawn.row_id} of {withdrawn.table} {result}.")
-
-
-def _account() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # pragma: no cover - in a container, the user may have no name
-        return f"uid {os.getuid()}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -177,3 +179,11 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def account_name() -> str:
+    """Return the name of the account that runs this command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # pragma: no cover - in a container, the user may have no name
+        return f"uid {os.getuid()}"

@@ -95,7 +95,7 @@ def init_db(
                 print(adoption.plan_adoption(store).script(), end="")
                 return
             notes = _adopted(adoption.adopt_legacy(store)) if adopt_legacy else apply_schema(store)
-            with translated_errors(), store.begin() as db:
+            with translated_errors(store), store.begin() as db:
                 print(f"The tables are ready in schema {place_of_tables(db).schema}.")
             for note in [*notes, *others, *logins.set_search_paths(store)]:
                 print(f"Note: {note}")

@@ -262,8 +262,7 @@ def read_transaction() -> Iterator[Connection]:
 
 def drop_connections() -> None:
     """Close the pooled connections, since a session keeps settings of its start, such as being read-only."""
-    if engine.cache_info().currsize:
-        engine().dispose()
+    engine().dispose()
 
 
 def _forget_after_fork() -> None:
@@ -317,7 +316,7 @@ def long_read(store: Engine | None = None) -> Iterator[Connection]:
 
 
 @contextmanager
-def translated_errors(store: Engine | None = None) -> Iterator[None]:
+def translated_errors(store: Engine) -> Iterator[None]:
     """Translate driver errors to StoreUnavailable. If `store` lacks the tables, look for them in its other schemas.
 
     Errors that an event's values cause are translated before, by `translated_value_errors`.
@@ -362,14 +361,13 @@ def translated_value_errors() -> Iterator[None]:
         ) from None
 
 
-def _described(error: DBAPIError, sqlstate: str, store: Engine | None) -> tuple[str, str]:
+def _described(error: DBAPIError, sqlstate: str, store: Engine) -> tuple[str, str]:
     """Return the message of an error and what to do about it, as far as that is known."""
     # The import reads tables of other names, and has its own advice for them.
     if sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error)):
         elsewhere = None
-        if store is not None:
-            with suppress(SQLAlchemyError), store.connect() as db:
-                elsewhere = other_schema_problem(db, search_path_of(store))
+        with suppress(SQLAlchemyError), store.connect() as db:
+            elsewhere = other_schema_problem(db, search_path_of(store))
         return elsewhere or (first_line(error), "run trading-history init-db")
     if sqlstate == _READ_ONLY:
         return first_line(error), (

@@ -100,7 +100,7 @@ def set_search_paths(store: Engine) -> list[str]:
     Raises:
         StoreUnavailable: the database cannot be reached.
     """
-    with translated_errors(), store.begin() as db:
+    with translated_errors(store), store.begin() as db:
         found = db.execute(_SEARCH_PATHS, {"logins": [WORKER, API]}).all()
         others = {row.login: _other_schema(db, row.login) for row in found}
         moves = {row.login: _move(_session(db), row.login, db) for row in found}
@@ -131,8 +131,8 @@ def _other_schema(db: Connection, login: str) -> str | None:
 
 def _change(store: Engine, login: str, group: str, password: SecretStr | None = None) -> None:
     """Give a login its search_path, see `set_search_paths`; with a password, also create it or change its password."""
-    for tries_left in reversed(range(_TRIES)):
-        with translated_errors(), store.connect() as db:
+    for tries_left in reversed(range(_TRIES)):  # pragma: no branch - the last try returns or raises
+        with translated_errors(store), store.connect() as db:
             found = db.execute(_ROLE, {"login": login, "group": group}).one()
             statements = [*_statements(_session(db), login, group, password, found)]
             if _other_schema(db, login) is None:

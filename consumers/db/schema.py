@@ -169,7 +169,7 @@ def apply_schema(store: Engine) -> list[str]:
         StoreUnavailable: the database is away, refuses a statement, or is not encoded in UTF8.
     """
     try:
-        with translated_errors(), store.begin() as pooled:
+        with translated_errors(store), store.begin() as pooled:
             check_encoding(pooled)
             create_schema(pooled, search_path_of(store))
             connection = pooled.execution_options(no_parameters=True)
@@ -185,7 +185,7 @@ def apply_schema(store: Engine) -> list[str]:
             hint = getattr(getattr(cause.orig, "diag", None), "message_hint", None)
             raise OldSchema(f"{first_line(cause)}. {hint}") from cause
         if sqlstate in (_NO_PRIVILEGE, _NO_SCHEMA):
-            with translated_errors(), store.begin() as db:
+            with translated_errors(store), store.begin() as db:
                 advice = creation_advice(place_of_tables(db))
             if advice is not None:
                 raise StoreUnavailable(f"{error}: {advice}") from cause
@@ -199,7 +199,7 @@ def other_tables(store: Engine) -> list[str]:
         HistoryError: no schema was given to `store`, so other tables would be made by mistake; nothing was changed.
         StoreUnavailable: the database cannot be reached.
     """
-    with translated_errors(), store.begin() as db:
+    with translated_errors(store), store.begin() as db:
         place, there = place_of_tables(db), schemas_with_tables(db)
     if not there or place.quoted in there:
         return []

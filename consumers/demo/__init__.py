@@ -26,23 +26,31 @@ from producers.settings import TransportSettings
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 
 _OUTBOX = "outbox.db"
-_WAIT_SECONDS = 40.0
-_OTHER_DEMO_SECONDS = 5.0  # time for the worker of a killed demo to end
 
 _SERVER = text("SELECT current_setting('server_version')")
 
 
-def run_demo(home: Path, show_page: Callable[[Path], None] | None = None) -> int:
+def run_demo(
+    home: Path,
+    show_page: Callable[[Path], None] | None = None,
+    *,
+    wait_seconds: float = 40.0,
+    lock_seconds: float = 5.0,
+) -> int:
     """Run the demo in `home` and replace the data of an earlier run. Return the exit status, 1 if a count is wrong.
 
     If the counts are right, call `show_page` with the path of the outbox, while servers and worker still run.
+
+    Raises:
+        HistoryError: within `wait_seconds` the events of one pass were not stored, or within `lock_seconds` another
+            demo, or the worker of a killed one, did not end.
     """
-    with _locked(home) as lock, embedded_stack(home):
+    with _locked(home, lock_seconds) as lock, embedded_stack(home):
         _start_empty(home)
         print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive\n")
         with worker_process(home / "worker.log", keep=[lock]):
-            first = _run_pass(home, "recorded")
-            second = _run_pass(home, "recorded again")
+            first = _run_pass(home, "recorded", wait_seconds)
+            second = _run_pass(home, "recorded again", wait_seconds)
             is_right = _print_result(first, second)
             if is_right:
                 _print_next_commands(home)
@@ -85,10 +93,10 @@ def _print_next_commands(home: Path) -> None:
     print(f"To open the history page on the data:\n  {on_data} api")
 
 
-def _run_pass(home: Path, label: str) -> list[int]:
+def _run_pass(home: Path, label: str, wait_seconds: float) -> list[int]:
     """Record every cycle and wait until all events are stored. Return their row ids, in the order of recording."""
     started = time.monotonic()
-    deadline = started + _WAIT_SECONDS
+    deadline = started + wait_seconds
     with HistoryProducer(outbox=home / _OUTBOX) as producer:
         receipts: list[Receipt] = []
         for cycle in cycles():
@@ -100,8 +108,8 @@ def _run_pass(home: Path, label: str) -> list[int]:
             archived = archive_current_signals(
                 cycle.signals, portfolio_id=cycle.portfolio_id, archived_at=cycle.at, producer=producer
             )
-            if archived is not None:
-                receipts.append(archived)
+            assert archived is not None  # each cycle has signals
+            receipts.append(archived)
         recorded = time.monotonic() - started
         row_ids = [_row_id(receipt, deadline) for receipt in receipts]
     seconds = time.monotonic() - started
@@ -121,7 +129,7 @@ def _row_id(receipt: Receipt, deadline: float) -> int:
 
 def _start_empty(home: Path) -> None:
     """Empty the database and Redis and delete the outbox. They are the embedded servers in the demo's own folder."""
-    with translated_errors(), engine().begin() as db:
+    with translated_errors(engine()), engine().begin() as db:
         db.exec_driver_sql(
             "DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes, withdrawals CASCADE"
         )
@@ -135,13 +143,13 @@ def _start_empty(home: Path) -> None:
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[int]:
+def _locked(home: Path, seconds: float) -> Iterator[int]:
     """Lock the folder and yield the lock's file descriptor.
 
     The worker inherits it, so that the lock of a killed demo lasts until its worker has ended.
     """
     home.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _OTHER_DEMO_SECONDS
+    deadline = time.monotonic() + seconds
     with open(home / "demo.lock", "w") as lock:
         while True:
             try:

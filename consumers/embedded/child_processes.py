@@ -74,9 +74,8 @@ def stop_with_stdin() -> None:
     """Send SIGTERM to this process when its standard input ends, which happens when its parent dies."""
 
     def watch() -> None:
-        # Not with sys.stdin: the interpreter cannot exit while a thread has its buffer locked.
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
+        # Not with sys.stdin: the interpreter cannot exit while a thread has its buffer locked. A parent writes nothing.
+        os.read(sys.stdin.fileno(), 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

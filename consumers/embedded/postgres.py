@@ -19,6 +19,7 @@ from consumers.errors import EmbeddedError
 
 DATABASE = "trading_history"
 SOCKET = ".s.PGSQL.5432"
+_CONNECT_SECONDS = "2"  # a frozen server accepts connections and sends nothing
 
 
 def server(home: Path) -> Server:
@@ -38,7 +39,7 @@ def start(postgres: Server, folder: Path, installation: Installation, lock: IO[s
     url = "postgresql://postgres@/{}?host=" + quote(str(folder / "postgres"), safe="")
     psql = functools.partial(run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
     launch = functools.partial(_launch, postgres, folder, installation, lock)
-    postgres.bring_up(lambda: psql("select 1").returncode == 0, launch)
+    postgres.bring_up(lambda: psql("select 1", PGCONNECT_TIMEOUT=_CONNECT_SECONDS).returncode == 0, launch)
     if DATABASE not in psql("select datname from pg_database").stdout.split():
         checked(psql(f"create database {DATABASE}"))
     return url.format(DATABASE)
@@ -50,7 +51,7 @@ def _launch(postgres: Server, folder: Path, installation: Installation, lock: IO
     for stale in (postgres.pid_file, postgres.argument / f"{SOCKET}.lock"):
         stale.unlink(missing_ok=True)
     postgres.log.touch(mode=0o600)
-    if installation.account:
+    if installation.account:  # pragma: no branch - the gate runs as root
         os.chown(postgres.log, installation.account.pw_uid, installation.account.pw_gid)
     # pg_ctl passes -D and -l to a shell without escaping. PGDATA, -o and the plain `folder` avoid unusual paths there.
     data, sockets = shlex.quote(str(postgres.argument)), shlex.quote(str(folder / "postgres"))
@@ -85,7 +86,7 @@ def _ensure_data(data: Path, installation: Installation, lock: IO[str]) -> None:
         with suppress(FileNotFoundError):  # processes that the killed initdb started may still delete their files
             shutil.rmtree(new)
     new.mkdir(mode=0o700)
-    if installation.account:
+    if installation.account:  # pragma: no branch - the gate runs as root
         os.chown(new, installation.account.pw_uid, installation.account.pw_gid)
     initdb = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "-D", new)
     checked(run(installation.postgres_bin / "initdb", *initdb, account=installation.account, keep=lock))

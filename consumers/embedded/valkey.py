@@ -45,7 +45,7 @@ def _launch(valkey: Server, folder: Path, installation: Installation, lock: IO[s
     script = '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
     command = ("-c", script, installation.valkey, valkey.argument, valkey.pid_file)
     if (result := run("/bin/sh", *command, keep=lock)).returncode:
-        raise valkey.error(f"did not start {result.stdout.strip()}".rstrip())
+        raise valkey.error(": ".join(filter(None, ("did not start", result.stdout.strip()))))
 
 
 def _answers(url: str) -> bool:

@@ -141,7 +141,7 @@ def plan_adoption(store: Engine) -> Adoption:
         AdoptionRefused: adopt_legacy would raise it too.
         StoreUnavailable: the database cannot be reached or cannot execute the statements now.
     """
-    with translated_errors(), store.begin() as db:
+    with translated_errors(store), store.begin() as db:
         db.exec_driver_sql("SET TRANSACTION READ ONLY")
         return _plan(db, _old_tables(db))
 
@@ -170,7 +170,7 @@ def adopt_legacy(store: Engine) -> Adoption:
 
 
 def _adopt(store: Engine) -> Adoption:
-    with translated_errors(), store.begin() as pooled:
+    with translated_errors(store), store.begin() as pooled:
         check_encoding(pooled)
         db = pooled.execution_options(no_parameters=True)
         old = _old_tables(db)
@@ -284,7 +284,7 @@ def _notes(db: Connection, table: Any) -> list[str]:
 
 def _in_use(store: Engine) -> str:
     """Return the message about locked tables. It names the sessions, so that an operator can end them."""
-    with translated_errors(), store.connect() as db:
+    with translated_errors(store), store.connect() as db:
         sessions = list(db.execute(_LOCKING_SESSIONS, {"names": [*_OLD_COLUMNS, *names_in_schema()]}))
     shown = ", ".join(_described_session(one) for one in sessions[:_SHOWN_SESSIONS])
     more = f" and {len(sessions) - _SHOWN_SESSIONS} more" if len(sessions) > _SHOWN_SESSIONS else ""

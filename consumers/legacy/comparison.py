@@ -36,7 +36,7 @@ class FieldDifference(NamedTuple):
 def field_differences(db: Connection, differing: Sequence[tuple[Event, int]]) -> list[list[FieldDifference]]:
     """Return the differing fields of each (event, row id), in the same order.
 
-    All events must be of one kind. The list is empty if the row no longer exists.
+    All events must be of one kind, with decimals in signals, not floats. The list is empty if the row no longer exists.
     """
     if not differing:
         return []
@@ -53,22 +53,13 @@ def _between(event: Event, row: Any) -> Iterator[FieldDifference]:
             if getattr(data, field) != getattr(row, field):
                 yield _difference(field, getattr(data, field), getattr(row, field))
         stored = json.loads(row.signals, parse_float=Decimal)
-        yield from _within("signals", _as_stored(data.signals), stored)
+        yield from _within("signals", data.signals, stored)
         return
     assert isinstance(data, PortfolioSnapshot)
     for field in list(row._mapping)[1:]:  # after the id
         given, stored = getattr(data, field), getattr(row, field)
         if given != stored:
             yield _difference(field, given, stored)
-
-
-def _as_stored(value: Any) -> Any:
-    """Return `value` with each float as the decimal that JSON writes for it."""
-    if isinstance(value, float):
-        return Decimal(repr(value))
-    if isinstance(value, dict):
-        return {key: _as_stored(item) for key, item in value.items()}
-    return [_as_stored(item) for item in value] if isinstance(value, list) else value
 
 
 def _within(path: str, given: Any, stored: Any) -> Iterator[FieldDifference]:

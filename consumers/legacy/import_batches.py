@@ -15,7 +15,6 @@ from producers.acknowledgements import Outcome
 from producers.times import backoff_seconds
 
 _BATCH_CHARACTERS = 4 * 1024 * 1024
-_MOST_DEFERRED = 1000
 _MOST_FAILURES = 3  # the same limit as a worker's
 _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0
@@ -57,13 +56,22 @@ class _Undecided:
 class ImportBatches:
     """Decides deliveries. Calls `decided` with the job id and outcome of each one after its commit.
 
-    A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison.
+    A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison. At most
+    `most_deferred` deliveries are kept in memory.
     """
 
-    def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None], stopped: Event) -> None:
+    def __init__(
+        self,
+        *,
+        decided: Callable[[str, Outcome], None],
+        say: Callable[[str], None],
+        stopped: Event,
+        most_deferred: int = 1000,
+    ) -> None:
         self._decided = decided
         self._say = say
         self._stopped = stopped
+        self._most_deferred = most_deferred
         self._deferred: dict[str, _Undecided] = {}
 
     def insert(self, deliveries: Iterable[Delivery]) -> None:
@@ -71,7 +79,7 @@ class ImportBatches:
         for batch in _batches(deliveries):
             retry_until_available(lambda batch=batch: self._process(batch), self._say, self._stopped)  # type: ignore[misc]  # mypy does not infer the lambda
             self._deferred |= batch
-        if len(self._deferred) > _MOST_DEFERRED:
+        if len(self._deferred) > self._most_deferred:
             self.finish()
 
     def finish(self) -> None:

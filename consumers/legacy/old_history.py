@@ -64,10 +64,8 @@ def file_sources(directory: Path) -> list[ImportSource]:
     """Return the history files of a folder, and its files with nearly their names, which count as damaged.
 
     Raises:
-        HistoryError: the path is not a folder, or the folder has no such file.
+        HistoryError: the folder has no such file.
     """
-    if not directory.is_dir():
-        raise HistoryError(f"{directory}: is not a folder")
     files = history_files(directory)
     unread = unread_files(directory)
     if not files:

@@ -46,7 +46,7 @@ def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterat
     store = create_store_engine(url, statement_timeout_seconds=_STATEMENT_SECONDS)
     began = time.monotonic()
     try:
-        with translated_errors(), store.connect() as db:
+        with translated_errors(store), store.connect() as db:
             with db.begin():
                 before = time.time()
                 server = state_queries.server_state(db)
@@ -78,7 +78,7 @@ def _read_check(
 
 def _read(db: Connection, query: Callable[[Connection], HealthCheck]) -> list[HealthCheck]:
     """Run one query in a separate read-only transaction. Behind a pooler, its settings do not reach another session."""
-    with translated_errors(), db.begin():
+    with translated_errors(db.engine), db.begin():
         db.exec_driver_sql("SET TRANSACTION READ ONLY")
         db.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * _LOCK_SECONDS)}")
         return [query(db)]

@@ -35,7 +35,6 @@ _HIGH_SHARE = 0.5  # from here on settled entries are removed: a fuller outbox i
 _FULL_SHARE = 0.9
 _CHECK_SECONDS = 3.0
 _PAGE_ENTRIES = 1000
-_MOST_PAGES = 20  # 20,000 entries: a relay has no more of them in the queue
 _YOUNG_SECONDS = 30.0  # Redis is not asked about younger entries
 _REDIS_SECONDS = 1.0  # for all questions together
 
@@ -128,7 +127,7 @@ def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float 
 
 def _oldest_sent_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float | None:
     after = 0
-    for _ in range(_MOST_PAGES):
+    while True:
         page = outbox.deliveries.sent(after, _PAGE_ENTRIES)
         ages = {head.position: age for head, age in page}
         waiting = _without_acknowledgement_before(redis, [head for head, _ in page], deadline)
@@ -137,8 +136,6 @@ def _oldest_sent_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float
         if len(page) < _PAGE_ENTRIES:
             return None
         after = page[-1][0].position
-    rest = outbox.deliveries.sent(after, 1)
-    return rest[0][1] if rest else None
 
 
 def _without_acknowledgement_before(redis: Redis, heads: Sequence[EntryHead], deadline: float) -> list[EntryHead]:
@@ -251,9 +248,8 @@ def outbox_copy_checks(settings: TransportSettings) -> Iterator[HealthCheck]:
     left = [source.full_name for source in sources if source.left_because == "copied"]
     with _redis_of(settings) as redis:
         tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
-    known = {header.token, header.next_token, None}
     problem = f"this outbox was copied or restored: another copy now uses its source {', '.join(left)}" if left else ""
-    if any((None if token is None else shown(token)) not in known for token in tokens):
+    if any(token is not None and shown(token) not in header.tokens for token in tokens):
         problem = f"another copy of this outbox now uses its source {', '.join(current)}"
     found = "no other copy found" + (" (Redis was not asked: REDIS_URL is not set)" * (settings.redis_url is None))
     advice = "run trading-history audit on the host of each copy; give each controller a separate outbox"

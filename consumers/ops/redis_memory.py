@@ -87,9 +87,10 @@ def _key_bytes(redis: Redis, queue: Queue) -> dict[str, int | None]:
     lengths = _answers(redis, [("LLEN", key) for key in lists])
     too_many = owners is None or len(owners) > _MOST_OWNERS or None in lengths
     reserved = None if too_many else sum(lengths)
+    filled = [key for key, length in zip(lists, lengths, strict=True) if length]
     jobs = [
         _jobs(redis, waiting, [("LINDEX", queue.key, place) for place in _places(waiting)]),
-        _jobs(redis, reserved, [("LINDEX", key, 0) for key in lists[:_SAMPLED_JOBS]]),
+        _jobs(redis, reserved, [("LINDEX", key, 0) for key in filled[:_SAMPLED_JOBS]]),
         *(
             _jobs(redis, count, [("ZRANGE", key, place, place) for place in _places(count)])
             for key, count in zip(registries, (failed, finished), strict=True)

@@ -310,14 +310,13 @@ class EventReference(NamedTuple):
 
 def _reference_of(text: Any) -> EventReference:
     try:
-        document = _document(text) if isinstance(text, str) else None
-        attributes = document if isinstance(document, dict) else {}
+        attributes = _document(text)
         source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
         checked = _checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id)
         return EventReference(*checked, trace_of(attributes))
     except KeyboardInterrupt:
         raise
-    except BaseException:  # anything that a JSON parser can raise
+    except BaseException:  # not a text, not an object, or anything that a JSON parser can raise
         return EventReference()
 
 

@@ -283,8 +283,8 @@ class HistoryWorker(SimpleWorker):
 
     def unsubscribe(self) -> None:
         """End the thread that listens for commands. RQ's own worker may first wait for it for a second, in vain."""
-        if self.pubsub_thread is not None:
-            self.pubsub_thread.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
+        listening: Any = self.pubsub_thread  # RQ calls this only after the registration, which has started it
+        listening.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
         super().unsubscribe()
 
     def handle_payload(self, message: Any) -> None:

@@ -45,8 +45,8 @@ class Reservation(NamedTuple):
     """
 
     jobs: list[ReservedJob]
-    crashes: int | None = None
-    timeouts: int = 0
+    crashes: int | None
+    timeouts: int
 
 
 class Reservations:

@@ -26,7 +26,8 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
 from consumers.db.engine import engine
-from consumers.ops.failed import discard, rejections
+from consumers.ops.failed import discard
+from consumers.ops.rejections import rejections
 from producers.events import PortfolioSnapshot
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox

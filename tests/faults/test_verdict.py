@@ -13,7 +13,8 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
-from consumers.ops.failed import discard, rejections
+from consumers.ops.failed import discard
+from consumers.ops.rejections import rejections
 from producers.errors import EventRejected
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst

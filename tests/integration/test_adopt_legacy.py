@@ -370,6 +370,23 @@ def test_indexes_and_sequences_whose_names_are_needed_are_renamed(first_generati
         assert names == [f"public.{table}_id_seq", f"public.{table}_id_seq_legacy"]
 
 
+def test_new_tables_keep_their_names_if_only_one_old_table_is_left(first_generation: str) -> None:
+    """As after an adoption, if the old table of snapshots was put back."""
+    adopt_legacy(engine())
+    _execute("DROP TABLE portfolio_history", "ALTER TABLE portfolio_history_legacy RENAME TO portfolio_history")
+    archives = "SELECT indexname FROM pg_indexes WHERE tablename = 'signal_archives' ORDER BY 1"
+    before = _all(archives)
+    assert adopt_legacy(engine()).renamed == (("portfolio_history", "portfolio_history_legacy"),)
+    assert _all(archives) == before
+
+
+def test_a_sequence_with_a_needed_name_is_no_obstacle(first_generation: str) -> None:
+    """PostgreSQL chooses another name for the new one."""
+    _execute("CREATE SEQUENCE withdrawals_id_seq")
+    assert len(adopt_legacy(engine()).renamed) == 2
+    assert _all("SELECT pg_get_serial_sequence('withdrawals', 'id')") == [("public.withdrawals_id_seq1",)]
+
+
 def test_names_in_schema_lists_every_index_and_sequence(database_url: str) -> None:
     """With the suffix, each name is a valid identifier of at most 63 bytes."""
     relations = """

@@ -324,7 +324,9 @@ def test_an_unchanged_page_is_304_and_any_change_is_not(client: TestClient) -> N
     assert len(set(tags)) == len(tags)
     for old in tags[:-1]:
         assert client.get(url, headers={"If-None-Match": old}).status_code == 200
-    assert client.get(url, headers={"If-None-Match": tags[-1]}).status_code == 304
+    for known in (tags[-1], "*"):
+        unchanged = client.get(url, headers={"If-None-Match": known})
+        assert (unchanged.status_code, unchanged.text, unchanged.headers["etag"]) == (304, "", tags[-1])
     assert client.get(f"{url}&format=csv", headers={"If-None-Match": tags[-1]}).status_code == 200
 
 
@@ -558,13 +560,25 @@ def test_another_app_can_include_the_router(database_url: str, monkeypatch: pyte
         _require_problem(client.get(f"/bot{HISTORY}"), 401)
 
 
-def test_an_unexpected_error_is_answered_without_details(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("url", "failing"),
+    [
+        (HISTORY, "consumers.web.api.history_endpoints.read_page"),
+        ("/readyz", "consumers.db.state_queries.check_tables_readable"),
+        ("/page/health", "consumers.db.state_queries.last_stored"),
+    ],
+)
+def test_an_unexpected_error_is_answered_without_details(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, url: str, failing: str
+) -> None:
+    """It is a defect, and not a server that cannot be read."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("the password is s3cret")
 
-    monkeypatch.setattr("consumers.web.api.history_endpoints.read_page", fail)
+    monkeypatch.setattr(failing, fail)
     with TestClient(app, raise_server_exceptions=False) as client:
-        answer = client.get(HISTORY)
+        answer = client.get(url)
     _require_problem(answer, 500)
     assert "s3cret" not in answer.text
 

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import rejected_text, rejections
+from consumers.ops.rejections import rejected_text, rejections
 from producers.errors import EventRejected
 from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -77,19 +77,27 @@ def test_audit_accounts_for_every_number(producer: HistoryProducer, redis: Redis
 
 
 def test_events_under_way_are_not_missing(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
-    """Events that are not yet stored are found in the outbox, or without it in the queue."""
-    producer.record_many([a_snapshot(after=timedelta(10)), a_snapshot(after=timedelta(11))])
+    """Events that are not yet stored are found in the outbox, or without it in the queue, beside any other jobs.
+
+    An event that is not there either is missing.
+    """
+    producer.record_many([a_snapshot(after=timedelta(10 + number)) for number in range(3)])
     producer.flush(5)
-    assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (2, [])
+    queue = history_queue(redis)
+    queue.enqueue("another.program", job_id="another")
+    assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (3, [])
     with get_db() as db:
         db.execute(
             text(
-                "INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'duplicate')"
+                "INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 9, 'duplicate')"
             ),
             {"source": mixed[0].source},
         )
     without = _audited(producer, redis, with_outbox=False)
-    assert (without.last, without.under_way, without.missing) == (8, 1, [])
+    assert (without.last, without.under_way, without.missing) == (9, 2, [])
+    assert queue.remove(queue.job_ids[0]) == 1
+    without = _audited(producer, redis, with_outbox=False)
+    assert (without.last, without.under_way, without.missing) == (9, 1, [(7, 7)])
 
 
 def test_audit_reports_lost_rows(

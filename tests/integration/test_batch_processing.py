@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta, timezone
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
-from consumers.errors import StoreUnavailable, UnsupportedJob
+from consumers.errors import PoisonEvent, StoreUnavailable, UnsupportedJob
+from consumers.ops.metrics import COUNTS
+from consumers.worker import batch
 from consumers.worker.batch import Deferred, Result, acknowledgements, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
+from producers.errors import SettingsError
 from producers.events import (
     MAX_EVENT_BYTES,
     MAX_EVENT_STRUCTURE,
@@ -50,10 +54,17 @@ def outcomes() -> list[tuple[Any, ...]]:
         return [tuple(row) for row in db.execute(statement)]
 
 
+def logged(caplog: pytest.LogCaptureFixture, level: str = "INFO") -> Callable[[], list[tuple[str, str]]]:
+    """Return a function that returns the level and the text of each line that is logged from now on."""
+    caplog.set_level(level, logger="rq.worker.history")
+    caplog.clear()
+    return lambda: [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "rq.worker.history"]
+
+
 def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
     """They are decided in its transaction. A delivery without a model has no known type."""
     archive = event_of(an_archive(), source="other/1", sequence=2)
-    batch = [
+    deliveries = [
         valid(1),
         invalid("{}"),
         Delivery("unsupported", "", None, UNSUPPORTED),
@@ -61,7 +72,7 @@ def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
         Delivery("archive", "", type(archive), None, archive),
         valid(1)._replace(job_id="again"),
     ]
-    (results,) = process_batch(batch)
+    (results,) = process_batch(deliveries)
 
     assert [(one.job_id, one.label, one.event_type) for one in results if isinstance(one, Result)] == [
         ("valid-1", "stored", SNAPSHOT),
@@ -117,6 +128,15 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
     assert acknowledgements([result]) == ({"other/1": answer} if expected[:2] == ("other/1", 7) else {})
 
 
+@pytest.mark.parametrize("missing", ["source", "sequence", "id"])
+def test_a_poison_event_without_a_source_a_number_or_an_id_is_rejected(missing: str) -> None:
+    """Nothing can show that it was stored before its workers crashed."""
+    attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
+    del attributes[missing]
+    (result,) = decided(invalid(None, **attributes)._replace(error=PoisonEvent(3)))
+    assert (result.label, result.failed) == ("poison", True)
+
+
 @pytest.mark.parametrize("broken", ["", "[1, 2]", "not JSON", '{"source": "other/1"', "7"])
 def test_nothing_is_read_of_a_text_that_is_no_json_object(broken: str) -> None:
     """It is rejected all the same."""
@@ -139,6 +159,23 @@ def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
     assert result.label == "stored"
     with get_db() as db:
         assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
+
+
+def test_a_batch_is_counted_with_its_duration_and_the_age_of_each_stored_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events of an import are old, so their age is left out. By clocks that differ, an event may be in the future."""
+    counted: list[Any] = []
+    monkeypatch.setattr(COUNTS, "batch", lambda *figures: counted.append(figures))
+    now = datetime.now(UTC)
+    events = [
+        event_of(a_snapshot(timestamp=now + timedelta(seconds=seconds)), source=source, sequence=1)
+        for seconds, source in ((-100, "other/1"), (100, "other/1"), (-50, "import/a.json/0a1b"), (-100, "other/2"))
+    ]
+    deliveries = [Delivery(f"job-{n}", encode(event), PortfolioSnapshotEvent) for n, event in enumerate(events)]
+    decided(*deliveries, invalid("{}"))
+    ((outcomes_counted, seconds, ages),) = counted
+    assert outcomes_counted == {(SNAPSHOT, "stored"): 3, (SNAPSHOT, "duplicate"): 1, (SNAPSHOT, "invalid"): 1}
+    assert 0 < seconds < 60
+    assert ages == [pytest.approx(100, abs=30), 0.0]
 
 
 def test_acknowledgements_are_grouped_by_source_and_need_a_number() -> None:
@@ -174,6 +211,35 @@ def test_an_event_that_cannot_be_decided_alone_is_deferred_with_its_reason() -> 
     assert outcomes() == []
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("an outage"), SettingsError("no database"), KeyboardInterrupt()])
+def test_an_error_that_no_delivery_causes_is_raised_and_no_delivery_is_tried_alone(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Every other delivery would fail too."""
+    tried = []
+
+    def failing(_db: Any, events: Any) -> Any:
+        tried.append(len(events))
+        raise error
+
+    monkeypatch.setattr(batch, "insert_events", failing)
+    with pytest.raises(type(error)) as caught:
+        decided(valid(1), valid(2))
+    assert (caught.value, tried) == (error, [2])
+
+
+@pytest.mark.parametrize(("used", "name"), [(batch, "decode"), (json, "loads"), (COUNTS, "batch")])
+def test_a_keyboard_interrupt_is_raised_at_any_step(monkeypatch: pytest.MonkeyPatch, used: object, name: str) -> None:
+    """A person ends the worker while it reads an event, reads what it can of an invalid one, or counts the results."""
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(used, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decided(invalid("{}"))
+
+
 def test_values_that_the_table_refuses_reject_only_their_event() -> None:
     """The record has the text of the event."""
     with get_db() as db:
@@ -189,16 +255,34 @@ def test_values_that_the_table_refuses_reject_only_their_event() -> None:
 
 
 @pytest.mark.parametrize("discarded_before", [False, True])
-def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(discarded_before: bool) -> None:
-    """Its delivery stays rejected, and belongs no more in the registry of failed jobs."""
+def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
+    caplog: pytest.LogCaptureFixture, discarded_before: bool
+) -> None:
+    """Its delivery stays rejected, and belongs no more in the registry of failed jobs. It is no error in the log."""
     (first,) = decided(Delivery("job", "x", None, UNSUPPORTED))
     if discarded_before:
         with get_db() as db:
             db.exec_driver_sql("UPDATE event_outcomes SET outcome = 'discarded', reason = 'known', actor = 'alice'")
+    lines = logged(caplog)
     (again, other) = decided(Delivery("job", "x", None, UNSUPPORTED), Delivery("other", "y", None, UNSUPPORTED))
     assert (first.failed, again.failed, other.failed) == (True, not discarded_before, True)
     assert again.label == ("discarded" if discarded_before else "unsupported")
+    assert lines()[0] == (
+        ("INFO", "job job was discarded before and stays rejected")
+        if discarded_before
+        else ("ERROR", f"rejected job job: {UNSUPPORTED}")
+    )
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
+    (stored,) = decided(valid(1)._replace(job_id="job"))
+    assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
+
+
+def test_a_duplicate_is_recorded_unless_the_same_delivery_made_the_row() -> None:
+    """So each number of each source has a row or an outcome. The record has no text: the row has the content."""
+    first = event_of(a_snapshot(), source="other/1", sequence=1)
+    for job_id, event in (("first", first), ("again", first), ("copy", first.model_copy(update={"source": "other/2"}))):
+        decided(Delivery(job_id, encode(event), PortfolioSnapshotEvent))
+    assert outcomes() == [("copy", "duplicate", "other/2", 1, None)]
 
 
 def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplog: pytest.LogCaptureFixture) -> None:
@@ -220,3 +304,16 @@ def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplo
     facts = [(one.__dict__["job_id"], one.__dict__["outcome"], one.__dict__["sequence"]) for one in records[:3]]
     assert facts == [("valid-1", "stored", 1), ("again", "duplicate", 1), ("invalid", "invalid", None)]
     assert lines[4:] == ["stored 2 events, 0 duplicates, 2 rejected"]
+
+
+def test_each_accepted_event_of_a_batch_is_logged_only_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    """At INFO, a batch of hundreds is one line. A conflict has no row to name."""
+    lines = logged(caplog, "DEBUG")
+    decided(valid(1), valid(1)._replace(job_id="again"))
+    decided(valid(1, balance=5)._replace(job_id="conflict"))
+    assert [(level, line.partition(":")[0].partition(" event ")[0]) for level, line in lines()] == [
+        ("INFO", "stored 1 events, 1 duplicates, 0 rejected"),
+        ("DEBUG", "stored"),
+        ("DEBUG", "duplicate"),
+        ("ERROR", "rejected job conflict"),
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from consumers.ops.redis_memory import read_memory
 from consumers.ops.status import pipeline_status
 from producers.events import KINDS
 from producers.history_producer import HistoryProducer
-from producers.outbox import MAX_BYTES
+from producers.outbox import MAX_BYTES, Outbox
 from tests.documents import table
 from tests.factories import a_snapshot
 
@@ -215,6 +217,53 @@ def test_number_of_commands_and_round_trips_is_limited(redis: Redis, monkeypatch
     assert most_calls / 2 < calls <= most_calls
 
 
+def test_reserved_jobs_are_estimated_although_most_threads_have_none(redis: Redis) -> None:
+    job = redis.memory_usage(Queue("history", connection=redis, serializer=JSONSerializer).enqueue("f", job_id="a").key)
+    redis.delete("rq:queue:history")
+    for owner in range(40):
+        redis.hset("history:owners:history", f"one:{owner:08x}", "")
+    redis.rpush(f"history:reserved:history:one:{39:08x}", "a", "a")
+    memory = read_memory(redis, "history")
+    assert memory.key_bytes is not None
+    assert memory.key_bytes["jobs"] == 2 * (job or 0)
+
+
+class _Worked(Redis):
+    """Client that empties the queue before its third pipeline: a worker has taken all jobs meanwhile."""
+
+    pipelines = 0
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Any:
+        self.pipelines += 1
+        if self.pipelines == 3:
+            self.delete("rq:queue:history")
+        return super().pipeline(transaction, shard_hint)
+
+
+def test_jobs_that_are_gone_before_they_are_measured_are_unknown(redis: Redis) -> None:
+    _enqueued(redis, 3, 100)
+    memory = read_memory(_Worked(connection_pool=redis.connection_pool), "history")
+    assert memory.key_bytes is not None
+    assert (memory.key_bytes["jobs"], memory.key_bytes["registries"]) == (None, 0)
+
+
+class _Filled(Redis):
+    """Client before whose first SCAN another program adds 30,000 keys."""
+
+    def scan(self, cursor: int = 0, *args: Any, **kwargs: Any) -> Any:
+        if cursor == 0:
+            self.eval("for number = 1, 30000 do redis.call('set', number, '') end", 0)
+        return super().scan(cursor, *args, **kwargs)
+
+
+def test_acknowledgements_are_unknown_if_many_keys_are_added_meanwhile(redis: Redis) -> None:
+    """The search for their keys ends after 20 pages."""
+    redis.hset("history:ack:bot/1", "a", "x")
+    memory = read_memory(_Filled(connection_pool=redis.connection_pool), "history")
+    assert memory.key_bytes is not None
+    assert memory.key_bytes["acknowledgements"] is None
+
+
 def test_key_of_the_wrong_type_is_unknown_and_the_others_are_shown(redis: Redis) -> None:
     redis.set("rq:queue:history", "no list")
     redis.set("history:owners:history", "no hash")
@@ -248,6 +297,38 @@ def test_capacity_is_in_the_status(redis: Redis, database_url: str, tmp_path: Pa
     shown = runs[1].stdout.splitlines()
     assert "stored rate          120 events a minute in the last 5 min" in shown
     assert [line.split("  ")[0] for line in shown][-6:] == [name for name, _ in capacity_lines(_UNKNOWN)]
+
+
+def test_what_cannot_be_measured_is_named_beside_what_can(
+    redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts and the state of each part are there too."""
+
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
+    Outbox(tmp_path / "outbox.db").close()
+    monkeypatch.setattr(shutil, "disk_usage", failing)
+    with get_db() as db:
+        db.exec_driver_sql("ALTER TABLE portfolio_history DROP COLUMN created_at")
+    values = pipeline_status()
+    capacity = values["capacity"]
+    assert (values["portfolio_snapshots"], values["outbox_pending"], values["database"]) == (0, 0, "reachable")
+    assert (capacity["table_bytes"], capacity["outbox_used_bytes"]) == (None, None)
+    assert capacity["redis_used_bytes"] > 0
+    assert list(capacity["not_read"]) == ["tables", "outbox size"]
+    assert 'column "created_at" does not exist' in capacity["not_read"]["tables"]
+    assert capacity["not_read"]["outbox size"] == f"outbox {tmp_path / 'outbox.db'}: Input/output error"
+
+
+def test_without_redis_url_the_rest_of_the_status_is_there(database_url: str) -> None:
+    """Nothing of Redis is measured, and that it is not set is the only problem."""
+    values = pipeline_status()
+    assert (values["redis"], values["problems"]) == ("REDIS_URL is not set", ["Redis: REDIS_URL is not set"])
+    capacity = values["capacity"]
+    assert (capacity["redis_used_bytes"], capacity["not_read"]) == (None, {})
+    assert capacity["table_bytes"]["portfolio_history"] > 0
 
 
 def test_everything_is_unknown_while_no_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:

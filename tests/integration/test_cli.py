@@ -27,7 +27,8 @@ from consumers.db.engine import get_db
 from consumers.db.inserts import insert_event
 from consumers.embedded.stack import stack
 from consumers.operations import get_portfolio_history
-from producers.events import event_of
+from producers.events import event_of, json_schema
+from tests.controllers import cli
 from tests.factories import a_portfolio, a_signal, an_archive
 
 PROGRAM = [sys.executable, "-m", "consumers.cli"]
@@ -94,6 +95,23 @@ def test_a_terminal_without_a_character_gets_its_json_escape(database_url: str, 
     }
     assert shown[encoding] in tables
     assert json.loads(document)[0]["signals_data"][0]["market_question"] == "Zürich € 😀"
+
+
+def test_schema_prints_the_json_schema_of_the_events() -> None:
+    run = cli("schema")
+    assert (run.exit_code, json.loads(run.stdout)) == (0, json_schema())
+
+
+def test_ctrl_c_before_the_command_begins_prints_no_traceback() -> None:
+    """The exit status is 130, as later."""
+    script = """
+import os, signal
+from consumers import cli
+cli.app = lambda **_: os.kill(os.getpid(), signal.SIGINT)
+cli.main()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
 
 
 def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:

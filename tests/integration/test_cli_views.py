@@ -14,6 +14,7 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 
 import httpx
 import pytest
@@ -98,19 +99,26 @@ def test_api_reports_a_port_that_is_taken_in_one_line(database_url: str) -> None
 
 
 def test_status_watch_repeats_until_ctrl_c(redis: Redis, database_url: str) -> None:
-    """In a pipe, it prints one line of JSON after another."""
-    watching = subprocess.Popen(
-        [*PROGRAM, "status", "--watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    """In a pipe, it prints one block of lines, or one line of JSON, after another."""
+    pipe = subprocess.PIPE
+    watching, as_json = (
+        subprocess.Popen([*PROGRAM, "status", "--watch", *more], stdout=pipe, stderr=pipe, text=True)
+        for more in ((), ("--json",))
     )
     assert watching.stdout is not None
-    first = json.loads(watching.stdout.readline())
+    assert as_json.stdout is not None
+    first = json.loads(as_json.stdout.readline())
     insert_portfolio_history_snapshot(_snapshot(0))
-    later = [json.loads(watching.stdout.readline()) for _ in range(2)][-1]
-    watching.send_signal(signal.SIGINT)
-    _, errors = watching.communicate(timeout=15)
+    later = [json.loads(as_json.stdout.readline()) for _ in range(2)][-1]
+    shown = [line.split() for line in islice((line for line in watching.stdout if line.startswith("database")), 2)]
+    ended = []
+    for process in (watching, as_json):
+        process.send_signal(signal.SIGINT)
+        ended.append((process.communicate(timeout=15)[1], process.returncode))
 
     assert (first["portfolio_snapshots"], later["portfolio_snapshots"]) == (0, 1)
-    assert (watching.returncode, errors) == (130, "")
+    assert shown == 2 * [["database", "reachable"]]
+    assert ended == 2 * [("", 130)]
 
 
 def test_status_watch_redraws_in_place_on_a_terminal(redis: Redis, database_url: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, make_url, text
 
-from consumers.db.engine import engine, get_db, read_transaction
+from consumers.db.engine import engine, get_db, long_read, read_transaction
+from consumers.errors import StoreUnavailable
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -44,3 +45,13 @@ def test_a_connection_that_was_just_used_is_not_pinged(monkeypatch: pytest.Monke
     with get_db():
         pass
     assert len(pinged) == 1
+
+
+def test_a_transaction_that_gets_no_free_connection_fails_as_if_the_database_were_away(
+    database_url: str,
+) -> None:
+    address = make_url(database_url).set(drivername="postgresql+psycopg2")
+    store = create_engine(address, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with long_read(store), pytest.raises(StoreUnavailable, match="PostgreSQL: TimeoutError"), long_read(store):
+        pass
+    store.dispose()

@@ -124,6 +124,14 @@ def test_a_finished_job_keeps_its_result_for_its_ttl(redis: Redis, ttl: int, sco
     assert ttl < 0 or redis.ttl("rq:job::a:dependencies") > 490
 
 
+def test_a_finished_job_with_a_ttl_of_one_second_expires(redis: Redis) -> None:
+    """It is the smallest ttl of a job that is kept."""
+    a_job(redis, "a")
+    complete(redis, "a", finished=[{"id": "a", "ttl": 1, "result": "MQ=="}])
+    assert redis.zscore(FINISHED, "a") == NOW + 1
+    assert -1 not in (redis.ttl("rq:job:a"), redis.ttl("rq:results:a"))
+
+
 def test_a_job_has_at_most_ten_results(redis: Redis) -> None:
     """The newest are kept."""
     a_job(redis, "a")
@@ -229,6 +237,13 @@ def test_a_job_with_dependents_stays_reserved_and_readable_until_they_are_enqueu
     assert ttl - 10 < redis.ttl("rq:results:failed") <= ttl
 
 
+def test_a_job_with_dependents_that_is_completed_alone_stays_reserved(redis: Redis) -> None:
+    """As one of many does."""
+    a_job(redis, "a", dependents=True)
+    assert complete(redis, "a", forgotten=["a"]) == ([], ["a"], [])
+    assert listed(redis, RESERVED) == ["a"]
+
+
 def test_a_failed_job_with_a_slot_of_a_rate_limit_stays_reserved(redis: Redis) -> None:
     """Until RQ has freed the slot."""
     a_job(redis, "a", "b")
@@ -264,6 +279,18 @@ def test_the_oldest_finished_jobs_beyond_the_maximum_are_deleted(redis: Redis) -
     ]
 
 
+@pytest.mark.parametrize("old_jobs", [1, 700])
+def test_one_finished_job_is_enough_to_delete_all_jobs_beyond_the_maximum(redis: Redis, old_jobs: int) -> None:
+    """Up to a thousand, which is more than a batch can add."""
+    redis.zadd(FINISHED, {f"old-{number}": NOW for number in range(old_jobs)})
+    for key in ("rq:job:old-0", "rq:results:old-0"):
+        redis.hset(key, "status", "finished")
+    a_job(redis, "a")
+    complete(redis, "a", kept_jobs=1, finished=[{"id": "a", "ttl": 500, "result": "MQ=="}])
+    assert redis.zrange(FINISHED, 0, -1) == [b"a"]
+    assert redis.exists("rq:job:old-0", "rq:results:old-0") == 0
+
+
 def test_a_job_whose_dependents_are_not_enqueued_is_not_deleted_beyond_the_maximum(redis: Redis) -> None:
     """It would be the oldest."""
     a_job(redis, "a", dependents=True)
@@ -284,15 +311,21 @@ def test_failed_jobs_alone_delete_no_finished_job(redis: Redis) -> None:
 
 @pytest.mark.parametrize("key", [RESERVED, CRASHES, TIMEOUTS, FINISHED, FAILED, WORKER, "ack"])
 def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis, key: str) -> None:
-    """Its content is kept under the new name."""
+    """Its content is kept under the new name. A key of the right type is not renamed."""
     a_job(redis, "a")
+    for hash_key in (CRASHES, TIMEOUTS, WORKER, "ack"):
+        redis.hset(hash_key, "other", 1)
+    for registry in (FINISHED, FAILED):
+        redis.zadd(registry, {"other": NOW + 60})
     redis.delete(key)
     redis.setrange(key, 0, "x")
     acknowledged: dict[str, Any] = {"sources": ("ack",), "acknowledgements": [["a", "id-1 stored:1"]]}
     finished = [{"id": "a", "ttl": 500, "result": "MQ=="}]
     assert complete(redis, "a", finished=finished, failed=[failure("b")], **acknowledged) == ([key], [], [])
     assert redis.get(f"{key}:quarantined") == b"x"
-    assert (redis.zcard(FINISHED), redis.zcard(FAILED), redis.hlen("ack")) == (1, 1, 1)
+    assert redis.zscore(FINISHED, "a")
+    assert redis.zscore(FAILED, "b")
+    assert redis.hexists("ack", "a")
 
 
 @pytest.mark.parametrize("command", ["hset", "xadd"])
@@ -332,3 +365,24 @@ def test_fields_of_jobs_are_read_without_the_data_and_within_limits(redis: Redis
     assert read(keys=keys, args=[10]) == [None, fields, None, None, [[], []], fields]
     (names, values), nothing = read(keys=["few", "many"], args=[10_000])
     assert ({int(name) for name in names}, set(values), nothing) == (set(range(1000)), {b""}, None)
+
+
+def test_the_fields_of_jobs_are_read_without_their_call_and_within_limits(redis: Redis) -> None:
+    """A job is not read if it is no hash, if names and values have more bytes, or if it has more than 1,000 fields."""
+    redis.hset("small", mapping={"data": "x" * 100, "status": "queued", "at": "12"})
+    redis.hset("large", mapping={"status": "queued", "at": "123"})
+    redis.hset("only a call", "data", "x")
+    redis.set("string", "x")
+    read: Any = scripts.load(redis, "read_fields")
+    assert read(keys=["small", "large", "only a call", "string", "missing"], args=[16]) == [
+        [[b"status", b"at"], [b"queued", b"12"]],
+        None,
+        [[], []],
+        None,
+        None,
+    ]
+    redis.hset("many", mapping={str(number): "" for number in range(1000)})
+    ((names, values),) = read(keys=["many"], args=[10_000])
+    assert (len(names), len(values)) == (1000, 1000)
+    redis.hset("many", "1000", "")
+    assert read(keys=["many"], args=[10_000]) == [None]

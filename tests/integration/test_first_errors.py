@@ -19,7 +19,8 @@ from redis import Redis
 from sqlalchemy import make_url, text
 
 from consumers.db.engine import get_db
-from consumers.ops.failed import discard, rejections
+from consumers.ops.failed import discard
+from consumers.ops.rejections import rejections
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import permutations
 from pathlib import Path
@@ -19,8 +19,10 @@ from consumers.db.engine import get_db
 from consumers.db.formula_changes import PortfolioFormulas, compare_formulas
 from consumers.db.inserts import insert_event
 from consumers.db.portfolio_queries import portfolios
+from consumers.legacy.verification import Difference, Verification
 from producers.events import event_of
 from producers.trading_controller import snapshot_of
+from tests.controllers import cli
 from tests.factories import INSTANT, a_snapshot, an_old_snapshot
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -292,3 +294,32 @@ def test_verify_ends_with_the_change_and_keeps_its_exit_status(tmp_path: Path) -
     with get_db() as db:
         db.execute(text("UPDATE portfolio_history SET balance = 399, total_value = 411.25 WHERE total_value = 412.25"))
     assert _run("verify", *options)[0] == 1
+
+
+def test_verify_prints_its_comparison_although_the_formulas_cannot_be_read_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line on stderr says so, and the exit status is that of the comparison."""
+    _old_file(tmp_path / "old", PROFIT)
+    options = (str(tmp_path / "old"), "--timezone", "UTC", "--portfolio-id", "1")
+    assert cli("import", *options).exit_code == 0
+    compare = Verification.differences
+
+    def compare_then_rename(verification: Verification, advance: Callable[[], None]) -> Iterator[Difference]:
+        yield from compare(verification, advance)
+        with get_db() as db:
+            db.execute(text("ALTER TABLE portfolio_history RENAME TO away"))
+
+    monkeypatch.setattr(Verification, "differences", compare_then_rename)
+    run = cli("verify", *options, "--json")
+    facts = json.loads(run.stdout)
+    assert (run.exit_code, facts["differences"], facts["files"][0]["equal"], facts["formula_changes"]) == (0, [], 4, [])
+    assert run.stderr.startswith("the formulas of total_value were not compared: ")
+
+
+def test_verify_says_how_many_portfolios_of_a_large_history_were_not_compared(tmp_path: Path) -> None:
+    """It compares 201."""
+    entries = [an_old_snapshot(datetime(2026, 1, 1), portfolio_id=number) for number in range(203)]
+    (tmp_path / "portfolio_history.json").write_text(json.dumps(entries))
+    run = cli("verify", str(tmp_path), "--timezone", "UTC")
+    assert (run.exit_code, run.stderr) == (1, "the formula of total_value was not compared in 2 more portfolios\n")

@@ -14,8 +14,11 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
+from consumers.ops.outbox_health import oldest_unacknowledged_seconds
 from consumers.web.api import create_app
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from producers.redis_keys import acknowledgement_key
 from tests.deliveries import burst
 from tests.factories import a_snapshot
 from tests.relaying import COMMAND, ROOT, a_proxy, make_older, states
@@ -88,6 +91,20 @@ def test_an_event_without_an_acknowledgement_is_late(
     assert health == pytest.approx(_HOURS_SECONDS, abs=60)
     assert status == pytest.approx(_HOURS_SECONDS, abs=60)
     assert doctor == "fail"
+
+
+def test_an_event_is_late_although_a_thousand_older_ones_are_acknowledged(redis: Redis, outbox: Path) -> None:
+    """The acknowledgements are looked up in pages of 1,000."""
+    with Outbox(outbox) as opened:
+        opened.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(1001)])
+        opened.deliveries.mark_sent({one.position: 60.0 for one in opened.deliveries.pending(1001)})
+        make_older(outbox, _HOURS_SECONDS)
+        *acknowledged, (last, _) = opened.deliveries.sent(0, 1001)
+        key = acknowledgement_key(last.source)
+        redis.hset(key, mapping={head.job_id: "stored" for head, _ in acknowledged})
+        assert oldest_unacknowledged_seconds(opened, redis) == pytest.approx(_HOURS_SECONDS, abs=60)
+        redis.hset(key, last.job_id, "stored")
+        assert oldest_unacknowledged_seconds(opened, redis) is None
 
 
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])

@@ -26,9 +26,10 @@ from sqlalchemy import make_url
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
 from consumers.ops import exposition
 from consumers.ops.exposition import worker_registry
-from consumers.ops.failed import discard, rejections
+from consumers.ops.failed import discard
 from consumers.ops.metrics import COUNTS
 from consumers.ops.queue_health import read_queue
+from consumers.ops.rejections import rejections
 from consumers.web import api
 from consumers.worker.completion import Completion
 from consumers.worker.deliveries import POISON_CRASHES
@@ -187,10 +188,13 @@ def test_scrape_has_queue_outbox_and_ages_of_snapshots(
 
 
 def test_idle_pipeline_exports_ages_of_0_and_no_metrics_of_a_missing_outbox(redis: Redis) -> None:
-    """A gap in a graph must mean that the value could not be read."""
+    """A gap in a graph must mean that the value could not be read, as the age of a job without a time."""
     scrape = _scrape(redis)
     assert (scrape["queue_jobs",], scrape["queue_oldest_age_seconds",]) == (0, 0)
     assert not any(name.startswith("outbox") for name, *_ in scrape)
+    redis.rpush("rq:queue:history", "a job that was deleted")
+    scrape = _scrape(redis)
+    assert (scrape["queue_jobs",], scrape.get(("queue_oldest_age_seconds",))) == (1, None)
 
 
 def test_scrape_has_suspension_and_quarantined_entries(redis: Redis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -33,12 +34,14 @@ from consumers.legacy.importer import Importer, dry_run
 from consumers.legacy.old_history import ImportStatistics, OldHistory, file_sources
 from consumers.legacy.verification import Difference, Verification
 from consumers.ops.audit import audit
-from consumers.ops.failed import discard, rejections, requeue
+from consumers.ops.failed import discard, requeue
+from consumers.ops.rejections import rejections
 from consumers.worker import batch
 from producers.errors import HistoryError
 from producers.events import Event
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import shared_producer
+from tests.controllers import cli
 from tests.deliveries import burst
 from tests.documents import block
 from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
@@ -176,6 +179,18 @@ def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(t
     assert (account.stored, account.duplicate, account.rejected, account.missing) == (2, 1, 3, [])
     found = [(one.what, one.index) for one in _verify(folder)]
     assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_import_logs_the_outcome_of_each_entry_only_for_debugging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, debug: bool
+) -> None:
+    """Otherwise only the report and the statistics have them."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1)])
+    with caplog.at_level(logging.INFO, "rq.worker"), caplog.at_level(logging.NOTSET, batch.logger.name):
+        assert cli(*(["--debug"] if debug else []), "import", str(folder), *_OPTIONS).exit_code == 1
+    logged = {record.getMessage().split()[0] for record in caplog.records if record.name == batch.logger.name}
+    assert logged == ({"stored", "rejected"} if debug else set())
 
 
 def test_json_lines_and_an_array_in_an_object_are_imported(tmp_path: Path) -> None:
@@ -349,13 +364,14 @@ def test_an_entry_that_a_producer_already_recorded_is_a_duplicate(redis: Redis, 
 
 
 def test_verify_finds_differences_in_both_directions(tmp_path: Path) -> None:
-    """A changed amount, a changed signal, a missing row and an extra row, but not rows of other portfolios or times."""
+    """Changed amounts and signals, a missing row and an extra row, but not rows of other portfolios or times."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(5)], [_archive(n) for n in range(3)])
     _import(folder)
     _execute("UPDATE portfolio_history SET balance = balance + 0.00000001, trade_count = 9 WHERE sequence = 1")
     _execute("DELETE FROM portfolio_history WHERE sequence = 2")
     _execute(
-        "UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{0,amount}', '121') WHERE sequence = 1"
+        "UPDATE signal_archives SET signals_data = jsonb_build_array(jsonb_set(signals_data -> 0, '{amount}', '121')"
+        " - 'reason' || '{\"risk\": null}') WHERE sequence = 1"
     )
     for portfolio, seconds in ((1, 2), (2, 2), (1, 200)):
         _execute(
@@ -377,8 +393,31 @@ def test_verify_finds_differences_in_both_directions(tmp_path: Path) -> None:
         ("balance", "9901.00000000", "9901.00000001"),
         ("trade_count", "1", "9"),
     ]
-    assert found[2].fields == [("signals.0.amount", "120", "121")]
+    assert found[2].fields == [
+        ("signals.0.amount", "120", "121"),
+        ("signals.0.reason", "Two reports.", "absent"),
+        ("signals.0.risk", "absent", "None"),
+    ]
     assert "of portfolio 1, recorded by direct, has no entry" in found[3].reason
+
+
+def test_verify_finds_every_row_without_an_entry_however_many_there_are(tmp_path: Path) -> None:
+    """It reads 20,000 of them at once."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1)])
+    _import(folder)
+    with get_db() as db:
+        db.execute(
+            text(
+                "INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, timestamp, balance,"
+                " total_invested, total_profit_loss, total_value, open_positions, trade_count)"
+                " SELECT gen_random_uuid(), 'direct', 1, '2025-10-20', at, 1, 1, 1, 1, 1, 1 FROM"
+                " (SELECT min(timestamp) + interval '0.1 s' AS at FROM portfolio_history) AS one,"
+                " generate_series(1, 20001)"
+            )
+        )
+    found = _verify(folder)
+    assert {one.what for one in found} == {"unexpected"}
+    assert len({one.row_id for one in found}) == len(found) == 20_001
 
 
 def test_a_set_of_row_ids_contains_the_ids_that_were_added() -> None:

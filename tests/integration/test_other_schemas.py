@@ -336,6 +336,20 @@ def test_role_without_usage_of_the_schema_gets_the_grant(
         _execute(empty_database_url, "DROP OWNED BY guest", "DROP ROLE guest")
 
 
+def test_init_db_in_a_schema_that_the_role_may_not_use_names_the_grant(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After that statement, init-db succeeds."""
+    _execute(empty_database_url, "CREATE SCHEMA closed")
+    with _role(empty_database_url, "guest"):
+        _use(monkeypatch, _as(empty_database_url, "guest"))
+        advice = _error("init-db", "--schema", "closed").partition(": as the owner of the schema, run ")[2]
+        assert advice == "GRANT USAGE, CREATE ON SCHEMA closed TO guest"
+        _execute(empty_database_url, advice)
+        _run("init-db", "--schema", "closed")
+        assert _schemas_of_tables(empty_database_url) == {"closed": _TABLES}
+
+
 @pytest.mark.usefixtures("passwords")
 def test_roles_of_another_owner_need_the_admin_option(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of init-db names the GRANT. After the statements of each error, init-db succeeds.

@@ -8,7 +8,7 @@ import pty
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,8 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from tests.controllers import cli
 from tests.factories import a_snapshot
 from tests.relaying import COMMAND, ROOT, a_proxy, a_relay, a_worker, states
 from tests.rq_programs import until
@@ -115,6 +117,21 @@ def test_flush_reports_that_there_is_no_worker(redis: Redis, outbox: Path) -> No
     }
 
 
+def test_flush_names_a_damaged_file_that_no_relay_has_salvaged(redis: Redis, outbox: Path) -> None:
+    """Another process relays the outbox, and has not salvaged it."""
+    damaged = outbox.with_name("outbox.db.damaged-1")
+    damaged.touch()
+    with Outbox(outbox) as opened:
+        lock = opened.relay_lock()
+        assert lock.acquire()
+        flushed = cli("outbox", "flush", "--timeout", "0.1", outbox=outbox)
+        lock.release()
+    assert flushed.exit_code == 1
+    assert flushed.stderr.endswith(
+        f" Not salvaged yet: {damaged}. Start the controller or trading-history relay: either salvages them.\n"
+    )
+
+
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])
 def test_flush_reports_that_redis_is_away(redis: Redis, tmp_path: Path, mode: str) -> None:
     """It ends soon after its timeout, even if Redis accepts connections and never answers."""
@@ -193,6 +210,44 @@ def test_flush_and_resend_fail_with_another_redis_than_the_outboxs(redis: Redis,
         assert run.stderr.startswith(f"error: outbox {outbox}: its entries go to database 0 on ")
         assert "s3cret" not in run.stderr
     assert (status.returncode, status.stderr) == (0, "")
+
+
+def test_resend_brings_back_rows_that_a_restored_database_lacks(
+    redis: Redis, work: Callable[[], None], outbox: Path
+) -> None:
+    """It sends the settled events again that were recorded from that time on."""
+    _record(2)
+    work()
+    with HistoryProducer() as producer:
+        assert producer.settle(20) == 0
+    with get_db() as db:
+        db.execute(text("TRUNCATE portfolio_history, event_outcomes"))
+    resent = [cli("outbox", "resend", "--since", since, outbox=outbox) for since in ("2099-01-01", "1h")]
+    assert [(run.exit_code, run.stdout) for run in resent] == [
+        (0, "0 events sent again, 0 not sent yet\n"),
+        (0, "2 events sent again, 0 not sent yet\n"),
+    ]
+    work()
+    assert len(get_portfolio_history()) == 2
+
+
+def test_resend_counts_what_a_full_redis_does_not_take_and_fails(
+    redis: Redis, work: Callable[[], None], outbox: Path
+) -> None:
+    """The event stays pending, and a relay sends it as soon as Redis has memory again."""
+    _record(1)
+    work()
+    with HistoryProducer() as producer:
+        assert producer.settle(20) == 0
+    redis.config_set("maxmemory", 1)
+    try:
+        full = cli("outbox", "resend", "--since", "1h", "--timeout", "0.1", outbox=outbox)
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert (full.exit_code, full.stdout) == (1, "1 event sent again, 1 not sent yet\n")
+    assert states(outbox) == {"pending": 1}
+    assert cli("outbox", "flush", "--timeout", "0.1", outbox=outbox).exit_code == 1
+    assert states(outbox) == {"sent": 1}
 
 
 @contextmanager

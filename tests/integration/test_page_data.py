@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -402,6 +403,17 @@ def test_health_distinguishes_redis_not_set_from_redis_not_reachable(
     assert not re.search("s3cret|127[.]0", json.dumps(body))
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", "javascript:alert(1)")
     assert client.get("/page/health").status_code == 503
+
+
+def test_health_says_that_the_outbox_cannot_be_read_and_not_where_it_is(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = tmp_path / "outbox.db"
+    outbox.write_text("not a database")
+    monkeypatch.setenv("HISTORY_OUTBOX", str(outbox))
+    body = _get(client, "health")
+    assert body["outbox"]["error"].startswith("The outbox cannot be read now. The API's log has the reason (reference ")
+    assert str(tmp_path) not in json.dumps(body)
 
 
 def test_an_unreadable_first_job_does_not_hide_the_number_of_jobs(client: TestClient, redis: Redis) -> None:

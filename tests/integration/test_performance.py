@@ -149,6 +149,16 @@ def test_the_command_prints_figures_and_a_table_of_months() -> None:
 
 
 @pytest.mark.usefixtures("database_url")
+def test_the_command_prints_each_portfolio_and_names_one_without_closes_since_then() -> None:
+    """An empty line separates two portfolios. Without closes there are no amounts."""
+    store_values([1000, 1010])
+    store_values([1000, 1010, 1020, 1030], portfolio=2)
+    lines = cli("performance", "--since", "2026-06-03").stdout.splitlines()
+    assert lines[:3] == ["Portfolio 1", "No figures: a return needs the closes of two dates, and there are none.", ""]
+    assert lines[3] == "Portfolio 2: 2026-06-03 to 2026-06-04, 2 closes"
+
+
+@pytest.mark.usefixtures("database_url")
 def test_the_command_says_why_there_are_no_returns() -> None:
     assert cli("performance").stdout == "There are no portfolio snapshots.\n"
     store_values([1000, 1010])

@@ -80,6 +80,7 @@ def test_a_failure_that_may_pass_is_tried_once_more(transient: int) -> None:
     [
         (500, "HTTP status 500", 2),
         (404, "HTTP status 404", 1),
+        ("no HTTP", "BadStatusLine", 2),
         ((200, b"OK (not found)"), 'the service answered "not found"', 1),
         ((200, b"OK (rate limited)"), 'the service answered "rate limited"', 1),
         ((302, "/accounts/login/"), "HTTP status 302 (a redirect to another place: use its URL)", 1),
@@ -127,8 +128,9 @@ def test_name_resolution_that_hangs_takes_at_most_10_seconds(monkeypatch: pytest
     never.set()
 
 
-def test_status_counts_although_the_body_does_not_come() -> None:
-    with monitoring_service("drips body") as service, took_at_most(8):
+@pytest.mark.parametrize("answer", ["drips body", "broken body"])
+def test_status_counts_although_the_body_does_not_come(answer: str) -> None:
+    with monitoring_service(answer) as service, took_at_most(8):
         ping(SecretStr(service.url), [])
     assert len(service.got) == 1
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import get_db, read_transaction
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from producers import entry_sender
@@ -360,21 +361,50 @@ def test_a_stock_worker_stores_and_acknowledges(
     assert (worker.returncode, [receipt.wait(5) for receipt in receipts]) == (0, [1, 2, 3, 1]), worker.stderr
 
 
-def test_a_forked_child_opens_a_new_database_connection(database_url: str) -> None:
-    """The connection of the parent still works afterwards."""
-    record_portfolio_snapshot(encode(event_of(a_snapshot(), source="a/b", sequence=1)))
+def test_an_event_that_the_database_cannot_store_now_is_not_rejected_by_a_stock_worker(
+    redis: Redis, producer: HistoryProducer, work: Work
+) -> None:
+    """Its job fails without an acknowledgement, so the producer sends it again."""
+    receipt = producer.record(a_snapshot())
+    producer.flush(5)
     with get_db() as db:
-        parent_backend = db.execute(text("SELECT pg_backend_pid()")).scalar()
+        db.exec_driver_sql("""
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN RAISE ''locked'' USING ERRCODE = ''lock_not_available''; END';
+            CREATE TRIGGER locks BEFORE INSERT ON portfolio_history EXECUTE FUNCTION refuse()
+        """)
+    work()
+
+    (job_id,) = _queue(redis).failed_job_registry.get_job_ids()
+    result = Job.fetch(job_id, connection=redis, serializer=JSONSerializer).latest_result()
+    assert result is not None
+    assert "StoreUnavailable: PostgreSQL: locked" in str(result.exc_string)
+    assert (receipt.state, _rows("SELECT * FROM event_outcomes")) == ("sent", [])
+
+
+def _backend_of(transaction: Callable[[], AbstractContextManager[Connection]]) -> int:
+    """Return the id of the server's process, which each connection has for itself."""
+    with transaction() as db:
+        return int(db.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+
+
+def test_a_forked_child_opens_new_database_connections(database_url: str) -> None:
+    """So does its own child. Those of the parent still work afterwards."""
+    record_portfolio_snapshot(encode(event_of(a_snapshot(), source="a/b", sequence=1)))
+    of_parent = {_backend_of(get_db), _backend_of(read_transaction)}
     reader, writer = os.pipe()
 
     def store() -> None:
-        with get_db() as db:
-            os.write(writer, str(db.execute(text("SELECT pg_backend_pid()")).scalar()).encode())
+        os.write(writer, f"{_backend_of(get_db)} ".encode())
 
-    assert in_child(store) == 0
-    assert int(os.read(reader, 20)) != parent_backend
-    with get_db() as db:
-        assert db.execute(text("SELECT pg_backend_pid()")).scalar() == parent_backend
+    def child() -> None:
+        store()
+        assert in_child(store) == 0
+        os.write(writer, f"{_backend_of(read_transaction)} ".encode())
+
+    assert in_child(child) == 0
+    assert len({*map(int, os.read(reader, 100).split()), *of_parent}) == 5
+    assert {_backend_of(get_db), _backend_of(read_transaction)} == of_parent
 
 
 def test_entries_are_sent_at_once_from_any_producer(redis: Redis, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from rq import Queue
 from rq.command import send_shutdown_command
 from rq.job import Job
@@ -23,15 +23,18 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from consumers.db.engine import get_db
+from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.ops import doctor
-from consumers.ops.failed import discard, rejections, requeue
+from consumers.ops.failed import discard, requeue
 from consumers.ops.masking import Mask
 from consumers.ops.redis_health import redis_checks
+from consumers.ops.rejections import rejections
 from consumers.ops.status import pipeline_status
 from consumers.web.api import app
 from consumers.worker import orphans
 from consumers.worker.reservations import Reservations, requeue_expired
+from consumers.worker.shared_state import SharedState
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_url import redis_client
@@ -41,6 +44,7 @@ from tests.dashboard_server import SNAPSHOT_FUNCTION, dashboard_of, pages
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_portfolio, a_snapshot
 from tests.redis_servers import USERS, forbidden, rules_of, url_of, users
+from tests.rejections import reject_conflicts
 from tests.relaying import COMMAND, a_relay, states
 from tests.rq_programs import end, registered_workers, until
 
@@ -297,6 +301,45 @@ def test_a_forbidden_count_of_crashes_is_reported_and_changes_nothing(redis: Red
     _change(redis, "worker")
     assert requeue_expired(worker, queue) == [job_id]
     assert redis.hget("history:crashes:history", job_id) == b"2"
+
+
+def test_a_requeue_that_may_not_read_jobs_changes_nothing(redis: Redis) -> None:
+    """A job that cannot be read must not be taken for a lost one, which would be made anew."""
+    reject_conflicts(redis, 1)
+    _change(redis, "worker", "-hkeys")
+    with pytest.raises(NoPermissionError):
+        requeue(rejections(), _client(redis, "worker"), "history")
+    assert (history_queue(redis).count, history_queue(redis).failed_job_registry.count) == (0, 1)
+
+
+def test_a_worker_that_may_not_quarantine_a_key_waits_until_it_may(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    noted = SharedState.note_outage
+
+    def allow(shared: SharedState, error: RedisError | StoreUnavailable) -> None:
+        noted(shared, error)
+        _change(redis, "worker")
+
+    enqueue_snapshots(redis, 1)
+    redis.set("history:crashes:history", "no hash")
+    _change(redis, "worker", "-rename")
+    monkeypatch.setattr(SharedState, "note_outage", allow)
+    burst(_client(redis, "worker"))
+    assert (len(get_portfolio_history()), redis.get("history:crashes:history:quarantined")) == (1, b"no hash")
+    assert "waits for Redis and tries again" in caplog.text
+
+
+def test_a_worker_that_may_not_remove_its_registration_ends_with_a_warning(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    enqueue_snapshots(redis, 1)
+    _change(redis, "worker", "-srem")
+    burst(_client(redis, "worker"))
+    assert len(get_portfolio_history()) == 1
+    assert caplog.messages[-1].endswith(
+        " could not remove its registration, which expires within 2 minutes: NoPermissionError"
+    )
 
 
 def test_a_relay_names_what_is_forbidden_and_continues(

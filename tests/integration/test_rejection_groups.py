@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from consumers.errors import EventConflict, EventWithdrawn, PoisonEvent, UnsupportedJob
-from consumers.ops.failed import Selection, count_rejections, rejection_groups, rejections
+from consumers.ops.rejections import Selection, count_rejections, rejection_groups, rejections
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from tests.controllers import cli
 from tests.deliveries import history_queue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -516,6 +517,20 @@ def test_a_dependent_that_is_added_while_its_job_runs_is_enqueued_too(
     assert dependent.get_status() == "finished"
     assert redis.ttl(dependent.key) > 0
     assert [key for key in redis.keys("rq:job:*depend*") if redis.ttl(key) < 0] == []
+
+
+def test_a_dependent_whose_data_is_not_compressed_is_enqueued(redis: Redis, database_url: str) -> None:
+    """RQ reads it as it is. The dependent is a pickled job of another program."""
+    queue, other = _queue(redis), Queue("other", connection=redis)
+    first = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(1), source="other/1", sequence=1)))
+    dependent = other.enqueue("another.program", depends_on=first)
+    data: Any = redis.hget(dependent.key, "data")
+    pickled = zlib.decompress(data)
+    redis.hset(dependent.key, "data", pickled)
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert other.get_job_ids() == [dependent.id]
+    data = redis.hget(dependent.key, "data")
+    assert zlib.decompress(data) == pickled
 
 
 def test_dependents_run_although_redis_fails_before_rq_enqueues_them(

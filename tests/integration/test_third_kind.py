@@ -26,8 +26,9 @@ from consumers.errors import StoreUnavailable
 from consumers.handlers import record
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from consumers.ops.audit import audit
-from consumers.ops.failed import Selection, rejections, requeue
+from consumers.ops.failed import requeue
 from consumers.ops.metrics import COUNTS
+from consumers.ops.rejections import Selection, rejections
 from producers.errors import EventRejected, InvalidEvent
 from producers.event_kinds import Column, Event, EventKind, Payload
 from producers.events import KINDS, encode, event_of, json_schema
@@ -399,23 +400,3 @@ def test_an_event_of_an_unregistered_kind_is_invalid(producer: HistoryProducer) 
     with pytest.raises(InvalidEvent, match="not tests.integration.test_third_kind"):
         producer.record(Unknown(trade_id="t", closed_at=INSTANT, profit_loss=Decimal(1)))
     assert producer.status().depth == 0
-
-
-@pytest.mark.parametrize("name", ["type", "name", "job_function", "table"])
-def test_two_kinds_cannot_have_the_same_type_name_function_or_table(name: str) -> None:
-    """Registering the second one raises an error."""
-    values: dict[str, Any] = {"name": "other", "job_function": "a.b", "table": "others", "columns": ()}
-
-    class OtherTrade(ClosedTrade):
-        type: ClassVar[str] = "trading.other.v1"
-
-    class OtherTradeEvent(Event):
-        data: OtherTrade
-
-    if name == "type":
-        kind = EventKind(model=ClosedTradeEvent, **values)
-    else:
-        kind = EventKind(model=OtherTradeEvent, **values | {name: getattr(CLOSED_TRADE, name)})
-    with pytest.raises(ValueError, match=f"another kind of event has the {name} "):
-        KINDS.register(kind)
-    assert list(KINDS) == ["trading.portfolio-snapshot.v1", "trading.signal-archive.v1", "trading.closed-trade.v1"]

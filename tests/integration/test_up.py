@@ -199,6 +199,7 @@ def test_a_server_that_cannot_be_started_is_tried_again_after_growing_pauses(hom
         until(lambda: "embedded Valkey runs again" in up.log, 40)
         up.record(1)
         until(lambda: up.stored() == [1], 40)
+        assert up.signal(signal.SIGTERM) == 0
 
 
 def test_kill_9_of_up_ends_everything(home: Path, tmp_path: Path) -> None:

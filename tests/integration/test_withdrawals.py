@@ -27,7 +27,8 @@ from consumers.db.withdrawals import Withdrawal, withdraw
 from consumers.errors import EventConflict, EventWithdrawn, PoisonEvent, WithdrawalRefused
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot, insert_signal_archive
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import rejections, requeue
+from consumers.ops.failed import requeue
+from consumers.ops.rejections import rejections
 from consumers.worker.batch import Result, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.errors import EventRejected
@@ -207,8 +208,14 @@ def test_one_batch_may_have_withdrawn_corrected_and_conflicting_content(database
     assert _balances() == [3]
 
 
-def test_a_second_delivery_of_the_withdrawn_row_is_rejected_without_another_record(database_url: str) -> None:
-    """The withdrawal is the record of this delivery. Another delivery of the same content is a recorded rejection."""
+def test_a_second_delivery_of_the_withdrawn_row_is_rejected_without_another_record(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The withdrawal is the record of this delivery, and its rejection is no error in the log.
+
+    Another delivery of the same content is a recorded rejection.
+    """
+    caplog.set_level("INFO", logger="rq.worker.history")
     event, copy = _event(a_snapshot(), 1), _event(a_snapshot(), 8, source="copy/77")
     _process(event)
     _withdraw(event.id)
@@ -217,6 +224,11 @@ def test_a_second_delivery_of_the_withdrawn_row_is_rejected_without_another_reco
     assert own.outcome.reason == other.outcome.reason
     assert str(own.outcome.reason).startswith("withdrawn: ")
     assert (own.label, own.failed, other.failed) == ("withdrawn", False, True)
+    lines = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "rq.worker.history"]
+    assert lines[1:3] == [
+        ("INFO", f"job {own.job_id} is rejected again: {own.outcome.reason}"),
+        ("ERROR", f"rejected job {other.job_id}: {other.outcome.reason}"),
+    ]
     assert [(one.source, one.sequence, one.reason) for one in rejections()] == [("copy/77", 8, own.outcome.reason)]
     assert [(one.source, one.stored, one.rejected, one.withdrawn, one.missing) for one in audit()] == [
         (_SOURCE, 0, 0, 1, []),
@@ -340,7 +352,7 @@ def _in_other_threads() -> Iterator[Callable[..., Future[Any]]]:
 
 @contextmanager
 def _connection() -> Iterator[Connection]:
-    with db_engine.translated_errors(), engine().begin() as db:
+    with db_engine.translated_errors(engine()), engine().begin() as db:
         yield db
 
 

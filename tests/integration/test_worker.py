@@ -532,6 +532,15 @@ def test_orphans_of_stock_workers_are_requeued_not_failed(redis: Redis, monkeypa
     assert (queue.failed_job_registry.count, redis.exists(queue.intermediate_queue_key)) == (0, 0)
 
 
+def test_an_intermediate_list_of_another_type_does_not_prevent_recovery_of_other_orphans(redis: Redis) -> None:
+    (job_id,) = enqueue_snapshots(redis, 1)
+    queue = history_queue(redis)
+    redis.delete(queue.key)
+    redis.zadd(queue.started_job_registry.key, {f"{job_id}:x": 1})
+    redis.set(queue.intermediate_queue_key, "x")
+    assert Orphans(redis, queue).requeue() == [job_id]
+
+
 def test_the_events_of_a_killed_worker_are_stored_by_the_next(redis: Redis, database_url: str) -> None:
     """Within 30 s. It is killed while its insert waits for a lock. No event is lost, and no job fails."""
     with get_db() as db:

@@ -19,14 +19,18 @@ from typer.testing import CliRunner
 from consumers.cli import app
 from consumers.operations import get_portfolio_history
 from tests.deliveries import enqueue_snapshots, history_queue
+from tests.ports import free_ports
 from tests.rq_programs import ignoring, registered_workers, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
 
 @contextmanager
-def _pool(log: Path, processes: int, *arguments: str, **environment: str) -> Iterator[psutil.Popen]:
-    command = [sys.executable, "-m", "consumers.cli", "worker", "--processes", str(processes), *arguments]
+def _pool(
+    log: Path, processes: int, *arguments: str, debug: bool = False, **environment: str
+) -> Iterator[psutil.Popen]:
+    program = [sys.executable, "-m", "consumers.cli", *(["--debug"] if debug else [])]
+    command = [*program, "worker", "--processes", str(processes), *arguments]
     with log.open("wb") as output:
         pool = psutil.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
     try:
@@ -40,8 +44,11 @@ def _pool(log: Path, processes: int, *arguments: str, **environment: str) -> Ite
 
 
 def test_dead_worker_is_restarted_and_all_share_the_work(redis: Redis, tmp_path: Path) -> None:
-    """Each worker stores a part of a long queue. SIGTERM ends all of them with status 0."""
-    with _pool(tmp_path / "log", 2) as pool:
+    """Each worker stores a part of a long queue, and serves metrics at its own port, which it keeps. SIGTERM ends
+    all of them with status 0.
+    """
+    first_port = free_ports(2)
+    with _pool(tmp_path / "log", 2, "--metrics-port", str(first_port)) as pool:
         until(lambda: len(registered_workers(redis)) == 2)
         victim, survivor = registered_workers(redis)
         os.kill(victim, signal.SIGKILL)
@@ -53,6 +60,8 @@ def test_dead_worker_is_restarted_and_all_share_the_work(redis: Redis, tmp_path:
         shares = [int(redis.hget(f"rq:worker:{name}", "successful_job_count") or 0) for name in working.values()]
         assert sum(shares) == 3000
         assert min(shares) > 300
+        served = re.findall(r"serving metrics at http://127\.0\.0\.1:(\d+)", (tmp_path / "log").read_text())
+        assert (len(served), {int(port) for port in served}) == (3, {first_port, first_port + 1})
         pool.send_signal(signal.SIGTERM)
         assert pool.wait(15) == 0
         assert not any(psutil.pid_exists(pid) for pid in working)
@@ -84,12 +93,13 @@ def test_worker_that_does_not_end_is_killed_after_15_s(redis: Redis, tmp_path: P
 
 
 def test_burst_ends_when_the_queue_is_empty(redis: Redis, tmp_path: Path) -> None:
-    """The status is 0, and no worker is restarted."""
+    """The status is 0, and no worker is restarted. With --debug the workers log each event too."""
     enqueue_snapshots(redis, 1000)
-    with _pool(tmp_path / "log", 2, "--burst") as pool:
+    with _pool(tmp_path / "log", 2, "--burst", debug=True) as pool:
         assert pool.wait(30) == 0
     assert (len(get_portfolio_history()), history_queue(redis).count) == (1000, 0)
-    assert (tmp_path / "log").read_text().count("of the pool is process") == 2
+    log = (tmp_path / "log").read_text()
+    assert (log.count("of the pool is process"), log.count(": stored event ")) == (2, 1000)
 
 
 def test_repeated_failures_at_start_are_logged_as_critical(redis: Redis, tmp_path: Path) -> None:

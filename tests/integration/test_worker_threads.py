@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 
 from consumers.db.engine import engine, get_db
@@ -22,6 +23,7 @@ from consumers.db.inserts import insert_events
 from consumers.embedded.child_processes import stop, worker_process
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
+from consumers.ops.rejections import rejections
 from consumers.worker import batch, maintenance
 from consumers.worker import worker_thread as thread_module
 from consumers.worker.batch import process_batch
@@ -150,14 +152,24 @@ def test_an_outage_is_logged_once_although_both_threads_meet_it(
     """The threads reserve the one job in turn. A thread that finds no job does not end the outage."""
     enqueue_snapshots(redis, 1)
     tries = []
+    noted: list[tuple[bool, bool]] = []
+    note_progress = SharedState.note_progress
+
+    def watched(shared: SharedState, *, worked: bool) -> bool:
+        noted.append((worked, note_progress(shared, worked=worked)))
+        return noted[-1][1]
 
     def failing(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
         tries.append(len(deliveries))
+        if len(tries) == 4:
+            until(lambda: (False, False) in noted)
         if len(tries) < 8:
             time.sleep(0.05)
             raise StoreUnavailable("no answer")
         yield from process_batch(deliveries, **options)
 
+    monkeypatch.setattr(SharedState, "note_progress", watched)
+    monkeypatch.setattr(thread_module, "WAIT_SECONDS", 0.1)
     monkeypatch.setattr(thread_module, "process_batch", failing)
     monkeypatch.setattr(thread_module, "_LAST_BACKOFF_SECONDS", 0.5)
     with _running(HistoryWorker([history_queue(redis)], connection=redis)):
@@ -167,6 +179,28 @@ def test_an_outage_is_logged_once_although_both_threads_meet_it(
         record.message.split()[2:5] for record in caplog.records if record.name == "consumers.worker.shared_state"
     ]
     assert [words[:2] for words in logged] == [["waits", "for"], ["continues", "after"]]
+
+
+def test_a_worker_waits_for_redis_if_its_maintenance_cannot_reach_it(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It continues, and makes the next pass."""
+    run, passes = maintenance.Maintenance.run, list[float]()
+
+    def failing(self: maintenance.Maintenance) -> None:
+        run(self)
+        self.due_at = time.monotonic()
+        passes.append(self.due_at)
+        if len(passes) == 2:
+            raise RedisConnectionError("connection lost")
+
+    monkeypatch.setattr(maintenance.Maintenance, "run", failing)
+    with _running(HistoryWorker([history_queue(redis)], connection=redis)):
+        until(lambda: len(passes) > 2)
+        enqueue_snapshots(redis, 1)
+        until(lambda: len(get_portfolio_history()) == 1)
+        until(lambda: "continues after" in caplog.text)
+    assert "waits for Redis and tries again: connection lost" in caplog.text
 
 
 def test_the_state_of_a_worker_is_suspended_during_a_suspension_and_idle_afterwards(
@@ -300,6 +334,30 @@ def test_a_defect_of_a_thread_ends_the_worker_with_the_error(redis: Redis, monke
         HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="CRITICAL")
     assert history_queue(redis).count + len(get_portfolio_history()) == len(job_ids)
     assert (redis.keys("history:lease:*"), redis.smembers("rq:workers")) == ([], set())
+
+
+def test_a_defect_outside_of_the_processing_rejects_only_the_event_that_causes_it(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The jobs of its batch are tried one by one. The event is rejected after three attempts alone."""
+    job_ids = enqueue_snapshots(redis, 3)
+
+    def defective(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
+        if any(one.job_id == job_ids[1] and one.error is None for one in deliveries):
+            raise ZeroDivisionError("a defect")
+        return process_batch(deliveries, **options)
+
+    monkeypatch.setattr(thread_module, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(thread_module, "process_batch", defective)
+    burst(redis)
+    assert sorted(row["sequence"] for row in get_portfolio_history()) == [0, 2]
+    (rejection,) = rejections()
+    assert (rejection.job_id, rejection.reason.startswith("poison event: 3 workers crashed or failed")) == (
+        job_ids[1],
+        True,
+    )
+    (line,) = [one for one in caplog.messages if "failed on a batch" in one]
+    assert line.endswith(" failed on a batch and tries its jobs one by one: ZeroDivisionError: a defect")
 
 
 def test_a_thread_that_works_alone_first_waits_for_the_working_threads(redis: Redis) -> None:

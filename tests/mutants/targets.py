@@ -83,6 +83,7 @@ TARGETS = {
         ),
         tests=(
             "tests/unit/test_events.py",
+            "tests/unit/test_event_kinds.py",
             "tests/unit/test_times.py",
             "tests/unit/test_trading_controller.py",
             "tests/unit/test_settings.py",

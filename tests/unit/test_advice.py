@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import psycopg2
 import pytest
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
 from consumers.cli.error_messages import error_message
 from consumers.db.engine import translated_errors
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from consumers.ops.redis_errors import redis_problem
 
 _AT = 'connection to server at "h" (10.0.0.5), port 5432 failed:'
@@ -66,7 +69,7 @@ _REFUSED = f"{_AT} Connection refused\n\tIs the server running on that host and 
 )
 def test_a_failed_connection_to_postgresql_has_advice(message: str, shown: str, advice: str) -> None:
     """It names the settings. An outage that ends by itself has none."""
-    with pytest.raises(StoreUnavailable) as caught, translated_errors():
+    with pytest.raises(StoreUnavailable) as caught, translated_errors(create_engine("postgresql+psycopg2://")):
         raise OperationalError("SELECT 1", None, psycopg2.OperationalError(message))
     assert shown in str(caught.value)
     assert caught.value.advice.startswith(advice)
@@ -84,6 +87,13 @@ def test_a_failed_connection_to_postgresql_has_advice(message: str, shown: str, 
 )
 def test_an_error_of_redis_has_advice(error: RedisError, advice: str) -> None:
     assert advice in redis_problem(error)
+
+
+def test_the_reason_of_an_error_is_found_without_importing_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would take time, and a process that has not imported it has none of its errors."""
+    monkeypatch.delitem(sys.modules, "redis")
+    assert first_line(OSError("one\ntwo")) == "one"
+    assert "redis" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -284,7 +285,7 @@ def test_a_relay_that_crashes_while_it_exchanges_the_token_is_not_taken_for_a_co
 
     assert last.record(a_snapshot()) == source
     identity = last.outbox.header.read()
-    assert (identity.token.encode(), identity.next_token) == (redis.get(token_key(source)), None)
+    assert (identity.token.encode(), identity.next_tokens) == (redis.get(token_key(source)), "")
 
 
 @pytest.mark.parametrize("crash", ["between", "after"])
@@ -412,7 +413,13 @@ def test_a_relay_whose_exchange_fails_at_every_try_exchanges_the_token_at_its_ne
     _sweep(one)
     before = redis.get(token_key(source))
     guard = copies.CopyGuard(one.outbox, redis)
-    monkeypatch.setattr(one.outbox.header, "begin_exchange", lambda *_: False)
+    begin_exchange = one.outbox.header.begin_exchange
+
+    def meanwhile(token: str) -> None:
+        begin_exchange(token)
+        redis.set(token_key(source), before or "")  # has no effect, but the transaction fails
+
+    monkeypatch.setattr(one.outbox.header, "begin_exchange", meanwhile)
     guard.check()
     monkeypatch.undo()
     assert redis.get(token_key(source)) == before
@@ -536,3 +543,62 @@ def test_a_relay_that_reads_tokens_while_another_one_exchanges_them_is_not_taken
     guard.check()
 
     assert one.record(a_snapshot()) == source
+
+
+def test_two_relays_that_exchange_the_token_at_the_same_moment_are_not_taken_for_copies(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have announced their tokens in the outbox when the first one writes its token to Redis."""
+    source = bot("a").record(a_snapshot())
+    _sweep(bot("a"))
+    first, second = bot("a").outbox, bot("a").outbox
+    first_has_begun, second_has_begun = threading.Event(), threading.Event()
+    exchange = threading.Thread(target=copies.CopyGuard(first, redis).check)
+
+    def announced(outbox: Outbox, then: Callable[[], None]) -> None:
+        begin_exchange = outbox.header.begin_exchange
+
+        def begun(token: str) -> None:
+            begin_exchange(token)
+            then()
+
+        monkeypatch.setattr(outbox.header, "begin_exchange", begun)
+
+    def wait_for_the_second_one() -> None:
+        first_has_begun.set()
+        assert second_has_begun.wait(10)
+
+    def let_the_first_one_end() -> None:
+        second_has_begun.set()
+        exchange.join(10)
+
+    announced(first, wait_for_the_second_one)
+    announced(second, let_the_first_one_end)
+    exchange.start()
+    assert first_has_begun.wait(10)
+    copies.CopyGuard(second, redis).check()
+
+    assert not exchange.is_alive()
+    assert second.append(NAME, [a_snapshot()])[0].source == source
+    header = second.header.read()
+    assert (header.token.encode(), header.next_tokens) == (redis.get(token_key(source)), "")
+
+
+def test_a_token_is_forgotten_when_an_exchange_that_began_later_has_ended(tmp_path: Path) -> None:
+    """Redis cannot get it any more: the transaction of the earlier exchange fails."""
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        header, token = outbox.header, outbox.header.read().token
+        for one in ("a", "b", "c", "b"):
+            header.begin_exchange(one)
+        assert header.read().tokens == {token, "a", "b", "c"}
+        header.end_exchange("c")
+        assert (header.read().token, header.read().next_tokens) == ("c", "b")
+        header.end_exchange("a")
+        assert header.read().tokens == {"c", "b"}
+
+
+def test_exchanges_that_never_end_keep_the_newest_twenty_tokens(tmp_path: Path) -> None:
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        for number in range(25):
+            outbox.header.begin_exchange(str(number))
+        assert outbox.header.read().next_tokens.split() == [str(number) for number in range(5, 25)]

@@ -48,11 +48,14 @@ def test_letter_case_and_the_default_port_do_not_matter(monkeypatch: pytest.Monk
     assert [status("dash.example", f"https://{name}") for name in ("x.example", "dash.example:8443")] == [403] * 2
 
 
-@pytest.mark.parametrize("url", ["https://h:99999/", "https://:443/", "http://[/"])
-def test_a_dashboard_url_without_an_origin_is_an_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("url", ["https://h:99999/", "https://:443/", "http://[/", "ftp://h/", "https://me:s3cret@h/"])
+def test_a_dashboard_url_without_an_origin_or_with_a_password_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", url)
-    with pytest.raises(SettingsError, match="^HISTORY_DASHBOARD_URL: "):
+    with pytest.raises(SettingsError, match="^HISTORY_DASHBOARD_URL: ") as caught:
         DashboardSettings.from_environment()
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.ops import settings_health
+from consumers.ops import doctor, settings_health
 from consumers.ops.checks import HealthCheck, checks_or_error, duration, size
 from consumers.ops.database_health import clock_check
 from consumers.ops.masking import Mask
@@ -70,6 +70,14 @@ def test_rejected_entries_in_an_outbox_are_a_warning(tmp_path: Path, monkeypatch
     db.close()
     found = _outbox_checks()["outbox rejections"]
     assert (found.state, found.found) == ("warn", "1 (discarded ones included)")
+
+
+def test_a_dotenv_file_that_cannot_be_read_is_the_only_check() -> None:
+    """Without the settings, no other part can be found."""
+    Path(".env").write_bytes(b"HISTORY_QUEUE=\xff\n")
+    (check,) = doctor.diagnose(list)
+    assert (check.name, check.state, check.found) == ("settings", "fail", ".env cannot be read: UnicodeDecodeError")
+    assert check.advice == "correct the file .env in this folder"
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,9 @@ def test_close_waits_until_the_producers_own_events_are_settled(redis: fakeredis
     worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
     worker.start()
     for n in range(5):
-        with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
-            producer.record(a_snapshot(after=timedelta(n)))
+        producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
+        producer.record(a_snapshot(after=timedelta(n)))
+        producer.close(timeout=30)
         with Outbox(tmp_path / "outbox.db") as outbox:
             assert (outbox.status().depth, outbox.status().stored) == (0, n + 1)
     stop.set()

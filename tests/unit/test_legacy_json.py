@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from consumers.legacy import json_arrays
 from consumers.legacy.json_arrays import Damaged, Entry, read_entries
 from consumers.legacy.legacy_json import archive_from, history_files, notes_on, null_for_nan, snapshot_from
+from consumers.legacy.old_history import OldHistory, file_sources
 from producers.errors import InvalidEvent
+from producers.events import MAX_EVENT_BYTES
 from tests.factories import an_old_archive, an_old_snapshot
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -67,6 +69,7 @@ def test_numbers_are_read_exactly(tmp_path: Path) -> None:
     )
 
 
+_NO_NAME = "Expecting property name enclosed in double quotes"
 _MORE = "has more objects in 'more', which were not read: import them from a separate folder"
 
 
@@ -90,6 +93,9 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path: Path) -> None:
             "is empty: restore it from a backup, or delete it if it never had an entry (entry 0, byte 4)",
         ),
         (b"null", 0, "is not a JSON array (entry 0, byte 0)"),
+        (b'{"a": 1', 0, "is cut off (entry 0, byte 0)"),
+        (b'{"a": tru, "history": [{"a": 1}]}' + b" " * 10_000, 0, "is not JSON: Expecting value (entry 0, byte 6)"),
+        (b'{"a": 1, b: %s' % (b"1" * 20_000), 0, f"is not JSON: {_NO_NAME} (entry 0, byte 9)"),
         (b'{"history": [{"a": 1}, {"a"', 1, "is cut off (entry 1, byte 23)"),
         (b'{"history": [{"a": 1}]', 1, "is cut off (entry 1, byte 22)"),
         (b'{"history": [{"a": 1}], "b', 1, "is cut off (entry 1, byte 24)"),
@@ -152,6 +158,7 @@ _LINE = b'{"archived_at": "2026-05-01T10:00:00", "signals": [{"archived_at": "x"
         (_REVERSED, [json.loads(_REVERSED)]),
         (b'[{"a": 1}]\n[]\n[{"b": 2}]\n', [{"a": 1}, {"b": 2}]),
         (b'{"history": [{"a": 1}]}\n{"history": [{"b": 2}], "n": 1}\n', [{"a": 1}, {"b": 2}]),
+        (b'{"history": [{"a": 1}]}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
         (b'{"a": 1},\n{"b": 2},\n', [{"a": 1}, {"b": 2}]),
         (b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"b": 2}\n', [{"a": 1}, {"b": 2}]),
         (b'{"days": %s, "history": [{"a": 1}]}' % json.dumps([*range(2000)]).encode(), [{"a": 1}]),
@@ -164,6 +171,60 @@ def test_json_lines_and_an_array_in_an_object_are_read(
     """The array has a known name. An archive's own signals are not taken for entries."""
     monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
     assert _read_bytes(tmp_path, content) == (entries, None)
+
+
+def test_a_number_before_the_array_of_an_object_is_complete_where_a_block_ends(tmp_path: Path) -> None:
+    """The rest of the number, and the array, are in the next block."""
+    before = b'{"text": "%s", "count": 12'
+    before %= b"x" * (json_arrays._BLOCK_BYTES - len(before % b""))
+    assert _read_bytes(tmp_path, before + b'345, "history": [{"a": 1}]}') == ([{"a": 1}], None)
+
+
+def test_an_entry_that_is_far_too_large_for_an_event_ends_the_reading(tmp_path: Path) -> None:
+    """It does not fill the memory: a quote that is missing would make an entry of the whole rest of the file."""
+    found, damage = _read_bytes(tmp_path, b'[{"a": 1}, {"a": "' + b"x" * (2 * MAX_EVENT_BYTES))
+    assert found == [{"a": 1}]
+    assert str(damage) == "portfolio_history.json: has an entry of more than 16 million characters (entry 1, byte 11)"
+
+
+def _history(tmp_path: Path, entries: list[Any], name: str = "portfolio_history.json") -> OldHistory:
+    (tmp_path / name).write_text(json.dumps(entries))
+    (source,) = file_sources(tmp_path)
+    return OldHistory(source, zone=UTC, portfolio_id=1)
+
+
+def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "portfolio_history.json").symlink_to("/proc/self/mem")  # the kernel refuses to read address 0
+    (source,) = file_sources(tmp_path)
+    history = OldHistory(source, zone=UTC, portfolio_id=1)
+    assert list(history.chunks()) == []
+    assert history.statistics.damage == "portfolio_history.json: cannot be read: Input/output error"
+
+
+def test_at_most_20_different_notes_are_kept_and_counted(tmp_path: Path) -> None:
+    """A thousand unknown keys must not print a thousand lines."""
+    history = _history(tmp_path, [an_old_snapshot(datetime(2026, 1, 1), **dict.fromkeys(_KEYS, 1))] * 2)
+    for chunk in history.chunks():
+        for entry in chunk:
+            history.event(entry)
+    assert history.statistics.notes == {f"unknown key '{key}' was left out": 2 for key in _KEYS[:20]}
+
+
+_KEYS = [f"key {number:02}" for number in range(25)]
+
+
+def test_the_option_for_nan_is_named_only_if_it_makes_the_entry_valid(tmp_path: Path) -> None:
+    nan = float("nan")
+    both = [an_old_archive(datetime(2026, 1, 1), [{"a": nan}]) | {"portfolio_id": one} for one in (1, "one")]
+    history = _history(tmp_path, both, "signals_archive_2026-01.json")
+    reasons = []
+    for chunk in history.chunks():
+        for entry in chunk:
+            with pytest.raises(InvalidEvent) as caught:
+                history.event(entry)
+            reasons.append(str(caught.value))
+    assert [reason.endswith(" (--nan-as-null reads NaN in signals as null)") for reason in reasons] == [True, False]
+    assert reasons[1] == "portfolio_id: is text that is not an integer"
 
 
 def test_a_large_array_in_an_object_is_read_piece_by_piece(tmp_path: Path) -> None:

@@ -292,7 +292,6 @@ def test_only_optional_columns_may_be_null(path: Path) -> None:
     """
     with closing(sqlite3.connect(path)) as db:
         assert db.execute(columns).fetchall() == [
-            ("outbox", "next_token"),
             ("outbox", "queue"),
             ("outbox", "redis"),
             ("outbox", "relay"),
@@ -454,10 +453,9 @@ def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest
     monkeypatch.setattr(outbox_clock, "boot_id", lambda: "after the start of the machine")
     Outbox(path, repair=True).close()
     assert written_durably() == appended
-    before = outbox.header.read()
-    outbox.header.begin_exchange(before, before.token, "next")
+    outbox.header.begin_exchange("next")
     outbox.header.end_exchange("next")
-    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET token"]
+    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET next_tokens"]
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,6 @@ from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.segments import (
     CHAIN_START,
-    PREFIX_BYTES,
     SEGMENT_EVENTS,
     Segment,
     SettledEvent,
@@ -67,6 +67,12 @@ def _content(outbox: Outbox) -> list[Segment]:
     return [segment for source in outbox.sources() for segment in outbox.digest_chain(source.id)]
 
 
+def _rows(path: Path) -> list[tuple[Any, ...]]:
+    """Return the rows of the table with all columns, checksums included."""
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT * FROM segments ORDER BY id").fetchall()
+
+
 def _digest(entry: Entry) -> bytes:
     digest = digest_of_text(entry.type, entry.event)
     assert digest is not None
@@ -89,8 +95,8 @@ def test_the_digests_of_deleted_entries_stay_in_the_outbox(path: Path) -> None:
     (segment,) = whole
     assert (segment.previous_head, segment.head) == (CHAIN_START, _head(entries, [2]))
     assert (segment.sequences, [*segment.rejected]) == ([1, 2, 3, 4, 5], [2])
-    assert segment.prefixes == b"".join(_digest(one)[:PREFIX_BYTES] for one in entries)
-    assert [segment.prefix(n) for n in range(5)] == [_digest(one)[:PREFIX_BYTES] for one in entries]
+    assert segment.prefixes == b"".join(_digest(one)[:8] for one in entries)
+    assert [segment.prefix(n) for n in range(5)] == [_digest(one)[:8] for one in entries]
 
 
 def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
@@ -206,7 +212,7 @@ def test_a_batch_of_large_events_is_read_in_parts(path: Path) -> None:
     """An event may have 8 MiB. One transaction deletes at most 4 MiB of events, but at least one event."""
     with Outbox(path) as outbox:
         for n in range(3):
-            large = an_archive(after=timedelta(n), signals=[a_signal(reason="x" * 3 * 2**20)])
+            large = an_archive(after=timedelta(n), signals=[a_signal(reason="x" * (2 * 2**20 + 1))])
             (one,) = outbox.append(NAME, [large])
             _send(outbox)
             _settle(outbox, one, Outcome("stored", row_id=1))
@@ -219,10 +225,10 @@ def test_the_digests_of_a_removed_file_are_carried_over(path: Path) -> None:
     with Outbox(path) as outbox:
         entries = _append(outbox, 3)
         _prune(outbox)
-        before = _content(outbox)
+        before, rows = _content(outbox), _rows(path)
         path.unlink()
         outbox.append(NAME, [a_snapshot(after=timedelta(days=1))])
-        assert _content(outbox) == before
+        assert (_content(outbox), _rows(path)) == (before, rows)
         _append(outbox, 1)
         _prune(outbox)
         assert _content(outbox)[-1].sequences == [1, 2, 3, 5]

@@ -6,11 +6,13 @@ import json
 import sys
 from datetime import timedelta, timezone
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import pytest
 
 from consumers.terminal import (
+    print_any_character,
     print_archives,
     print_audit,
     print_checks,
@@ -111,6 +113,45 @@ def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.Captu
     counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
     print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
     assert damage.rstrip() in capsys.readouterr().out
+
+
+def test_a_source_that_copies_used_is_named_with_up_to_five_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of these numbers has several events."""
+    copied = _SOURCE | {"copied": True}
+    print_audit(
+        [
+            copied | {"source": "bot/a", "shared": [*range(1, 7)]},
+            copied | {"source": "bot/b", "shared": [8, 9]},
+            copied | {"source": "bot/c"},
+            _SOURCE | {"source": "bot/d"},
+        ]
+    )
+    advice = " To find gaps in it, run audit on the host of each copy."
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copies" in line]
+    assert lines == [
+        f"bot/a was used by copies of one outbox. Numbers with several events: 1, 2, 3, 4, 5 and more.{advice}",
+        f"bot/b was used by copies of one outbox. Numbers with several events: 8, 9.{advice}",
+        f"bot/c was used by copies of one outbox.{advice}",
+    ]
+
+
+def test_a_comparison_shows_ten_differences_and_names_the_option_for_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    differences = [_DIFFERENCE | {"first": number, "last": number} for number in range(1, 12)]
+    for count, more in ((10, []), (11, ["  --json shows the first 11."])):
+        print_comparison("a", {"checked": 20, "differing": count, "differences": differences[:count]}, "the outbox")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"a: 20 events compared with the outbox, {count} differ:"
+        assert lines[1:] == [*(f"  number {number}: {SHOWN}" for number in range(1, 11)), *more]
+
+
+def test_a_program_may_replace_standard_output_by_another_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As notebooks do. It takes any character."""
+    monkeypatch.setattr(sys, "stdout", replaced := StringIO())
+    print_any_character()
+    sys.stdout.write("Zürich 😀")
+    assert replaced.getvalue() == "Zürich 😀"
 
 
 @pytest.mark.parametrize("columns", [80, 120])

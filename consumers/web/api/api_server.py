@@ -10,6 +10,7 @@ import threading
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from consumers.process_setup import exit_if_signal_was_lost
 from consumers.settings import ApiSettings
 from consumers.web.api import app, check_tables_now
 from consumers.web.listening import is_local, url_of
@@ -48,7 +49,8 @@ class BoundedHead(HttpToolsProtocol):
 
 def _disconnect_idle_readers(listening: socket.socket) -> None:
     """Disconnect a client that reads nothing for 30 s: uvicorn would keep its answer in memory."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only; accepted connections inherit it
+    # Linux only; accepted connections inherit it.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # pragma: no branch - the gate runs on Linux
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_IDLE_SECONDS * 1000))
 
 
@@ -85,4 +87,5 @@ def serve(listening: socket.socket) -> None:
     )
     print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
     threading.Thread(target=_report_database, name="database-check", daemon=True).start()
+    exit_if_signal_was_lost()  # from here on, uvicorn handles signals
     uvicorn.Server(config).run(sockets=[listening])

@@ -24,9 +24,7 @@ _MAX_TIME = 40
 _LOST_PLUS = re.compile(r"(T\S+) (\d\d:?\d\d)$")
 
 
-def _moment(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _moment(value: str) -> datetime:
     if len(value) > _MAX_TIME:
         raise ValueError("is not a time such as 2026-11-22T18:02:46+01:00")
     try:

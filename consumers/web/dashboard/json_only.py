@@ -51,7 +51,7 @@ def forbid_pickle() -> None:
     sys.addaudithook(_refuse_pickle)
 
 
-def _refuse_pickle(event: str, _: tuple[Any, ...]) -> None:
+def _refuse_pickle(event: str, _: tuple[Any, ...]) -> None:  # pragma: no cover - Python does not trace audit hooks
     # The interpreter raises this event before any unpickler looks up a class or a function.
     if event == "pickle.find_class":
         raise RuntimeError("pickle is disabled in this process")

@@ -35,6 +35,10 @@ def pair(pair: Addresses) -> Iterator[Addresses]:
         server = postgres.server(home)
         with (home / "lock").open("w") as lock:
             try:
+                postgres.start(server, home, installation, lock)
+                server.stop()
+                with (server.argument / "postgresql.conf").open("a") as settings:
+                    settings.write("max_prepared_transactions = 2\n")
                 addresses = Addresses(postgres.start(server, home, installation, lock), pair.redis_url)
                 make_template(addresses)
                 yield addresses

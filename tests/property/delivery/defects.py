@@ -79,10 +79,10 @@ DEFECTS: dict[str, Defect] = {
         Change("consumers/worker/scripts/requeue_expired.lua", "if left ~= -2 then", "if true then"),
     )),
     "the token of an outbox is not compared": Defect("two outboxes use one source", (
-        Change("producers/copies.py", "is_own = found <= {header.token, header.next_token}", "is_own = True"),
+        Change("producers/copies.py", "is_own = found <= self._outbox.header.read().tokens", "is_own = True"),
     )),
     "the token of a killed relay counts as that of a copy": Defect("an outbox that was never copied has more than", (
-        Change("producers/copies.py", "found <= {header.token, header.next_token}", "found <= {header.token}"),
+        Change("producers/outbox_header.py", "{self.token, *self.next_tokens.split()}", "{self.token}"),
     )),
     "marked as sent before Redis has the job": Defect("sent, but its job is nowhere", (
         Change("producers/entry_sender.py", _SEND + _MARK, _MARK + _SEND),

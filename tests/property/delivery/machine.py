@@ -14,7 +14,8 @@ from hypothesis.stateful import initialize
 from consumers.db.engine import get_db
 from consumers.db.withdrawals import withdraw
 from consumers.errors import StoreUnavailable
-from consumers.ops.failed import discard, rejections, requeue
+from consumers.ops.failed import discard, requeue
+from consumers.ops.rejections import rejections
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import Payload
 from tests.factories import a_snapshot, an_archive

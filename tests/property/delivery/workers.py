@@ -46,7 +46,7 @@ class SteppedWorker:
 
     def _begin(self) -> None:
         self._process = Process()
-        self.reservation = Reservation([])
+        self.reservation = Reservation([], None, 0)
         self.results: list[Result] | None = None  # None: not processed yet
         self.has_lease, self._lease_seconds = False, 0
         self._started_at: datetime = now()
@@ -90,7 +90,7 @@ class SteppedWorker:
             jobs = {job.job_id: job for job in self.reservation.jobs}
             self._completion.complete(self.results or [], jobs, self._started_at)
             self.reservations.requeue()
-            self.reservation, self.results = Reservation([]), None
+            self.reservation, self.results = Reservation([], None, 0), None
         self._after_fault()
 
     def stop(self, fault: Fault | None = None) -> None:
