@@ -153,6 +153,7 @@ def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None
     again = _settle(outbox, (accepted, REJECTED), (unknown, STORED))
 
     assert again == SettledKeys([], [1])
+    assert _settle(outbox, (accepted, Outcome("duplicate", row_id=8))) == SettledKeys([], [1])
     assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
     assert outbox.status().stored == 1
 
@@ -184,6 +185,7 @@ def test_a_rejected_entry_that_is_requeued_and_stored_becomes_stored(path: Path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     _settle(outbox, (accepted, REJECTED))
     assert outbox.status_of(accepted) == EntryStatus("rejected", None, "no")
+    assert (outbox.status().stored, outbox.status().rejected) == (0, 1)
     assert (outbox.deliveries.awaiting("sent"), outbox.deliveries.awaiting("rejected")) == (
         [],
         [(accepted.source_id, NAME, 0)],
@@ -231,6 +233,13 @@ def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> No
     assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2]
     assert (outbox.pending_count(until), outbox.pending_count()) == (0, 1)
     assert (outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 5)
+
+
+def test_the_last_position_of_an_empty_outbox_is_before_its_first_entry(path: Path) -> None:
+    outbox = Outbox(path)
+    until = outbox.last_position()
+    outbox.append(NAME, [a_snapshot()])
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (0, 0)
 
 
 def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries(path: Path) -> None:
@@ -539,14 +548,16 @@ def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Pat
     _settle(outbox, *((one, STORED) for one in settled[:10]))
     assert outbox.deliveries.prune(keep_seconds=60) == 0
 
-    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 600_000)])])
+    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 350_000)])])
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+    large += outbox.append(NAME, [an_archive(after=timedelta(1), signals=[a_signal(reason="x" * 250_000)])])
     assert outbox.deliveries.prune(keep_seconds=60) == 10
     status = outbox.status()
-    assert (status.pending, status.sent, status.stored) == (1, 10, 0)
+    assert (status.pending, status.sent, status.stored) == (2, 10, 0)
 
-    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1)})
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
     _settle(outbox, *((one, STORED) for one in large))
-    assert outbox.deliveries.prune(keep_seconds=60) == 1
+    assert outbox.deliveries.prune(keep_seconds=60) == 2
     _settle(outbox, (settled[10], STORED))
     assert outbox.deliveries.prune(keep_seconds=60) == 0
 
@@ -612,6 +623,8 @@ def test_entries_that_were_settled_before_they_were_sent_are_skipped(path: Path)
         assert db.execute("SELECT first, last FROM batches").fetchall() == [(6, 6)]
         assert db.execute("SELECT sent_through FROM outbox").fetchone() == (6,)
     _settle(outbox, (settled[4], STORED), (later, STORED), resends=1)
+    with outbox._file.reading() as db:
+        assert db.execute("SELECT count(*) FROM batches").fetchone() == (0,)
     assert (outbox.status().depth, outbox.deliveries.prune(-1)) == (0, 6)
 
 
@@ -653,6 +666,24 @@ def test_other_processes_can_append_during_a_resend(path: Path, monkeypatch: pyt
     assert outbox.resend(since=0) == 5
     assert pending == [2, 5]
     assert outbox.pending_count() == 7
+
+
+def test_a_resend_continues_in_a_file_that_replaces_the_outbox(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its positions begin again. The pages that follow have all settled entries of this file."""
+    outbox = Outbox(path)
+    _stored(outbox, 5)
+    with Outbox(path.with_name("other.db")) as other:
+        there = _stored(other, 3)
+    monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
+
+    def replaced(_: float) -> None:
+        if other.path.exists():
+            other.path.replace(path)
+            outbox.status()
+
+    monkeypatch.setattr(time, "sleep", replaced)
+    assert outbox.resend(since=0) == 2 + 3
+    assert {outbox.status_of(one).state for one in there} == {"pending"}
 
 
 def test_an_interrupted_resend_can_be_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

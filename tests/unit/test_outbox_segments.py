@@ -17,6 +17,7 @@ from producers import outbox_segments
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.digests import digest_of_text
 from producers.entries import Accepted, Entry
+from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.segments import (
     CHAIN_START,
@@ -290,6 +291,26 @@ def test_an_outbox_without_room_for_digests_accepts_events(
                 (accepted,) = user.append(NAME, [a_snapshot(after=timedelta(days=1))])
         assert accepted.sequence == 2
     assert "the digests of deleted events could not be carried over" in caplog.text
+
+
+def test_digests_that_could_not_be_carried_over_because_of_an_error_are_carried_over_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a full file does without them."""
+    with Outbox(path) as outbox:
+        _append(outbox, 3)
+        _prune(outbox)
+        before = _content(outbox)
+        path.unlink()
+
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("producers.outbox_carry_over.insert_missing", fail)
+            with pytest.raises(OutboxError, match="disk I/O error"):
+                outbox.status()
+        assert _content(outbox) == before
 
 
 def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
