@@ -161,6 +161,17 @@ def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
         assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
 
 
+def test_an_archive_in_another_zone_is_a_duplicate_although_its_month_differs() -> None:
+    """Its month follows the offset in which the same instant is written; it is not content."""
+    instant = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    zones = [UTC, timezone(timedelta(hours=1))]
+    archives = [an_archive(archived_at=instant.astimezone(zone)) for zone in zones]
+    assert [one.archive_month for one in archives] == ["2026-11", "2026-12"]
+    events = [event_of(archive, source="other/1", sequence=n) for n, archive in enumerate(archives)]
+    results = decided(*(Delivery(f"job-{n}", encode(event), SignalArchiveEvent) for n, event in enumerate(events)))
+    assert [one.label for one in results] == ["stored", "duplicate"]
+
+
 def test_a_batch_is_counted_with_its_duration_and_the_age_of_each_stored_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events of an import are old, so their age is left out. By clocks that differ, an event may be in the future."""
     counted: list[Any] = []
