@@ -128,11 +128,11 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
     assert acknowledgements([result]) == ({"other/1": answer} if expected[:2] == ("other/1", 7) else {})
 
 
-@pytest.mark.parametrize("missing", ["source", "sequence", "id"])
-def test_a_poison_event_without_a_source_a_number_or_an_id_is_rejected(missing: str) -> None:
-    """Nothing can show that it was stored before its workers crashed."""
+@pytest.mark.parametrize("missing", ["nothing", "source", "sequence", "id"])
+def test_a_poison_event_is_rejected_unless_it_was_stored_before(missing: str) -> None:
+    """Without a source, a number or an id, nothing can show that it was."""
     attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
-    del attributes[missing]
+    attributes.pop(missing, "")
     (result,) = decided(invalid(None, **attributes)._replace(error=PoisonEvent(3)))
     assert (result.label, result.failed) == ("poison", True)
 
