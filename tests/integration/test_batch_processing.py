@@ -128,11 +128,11 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
     assert acknowledgements([result]) == ({"other/1": answer} if expected[:2] == ("other/1", 7) else {})
 
 
-@pytest.mark.parametrize("missing", ["source", "sequence", "id"])
-def test_a_poison_event_without_a_source_a_number_or_an_id_is_rejected(missing: str) -> None:
-    """Nothing can show that it was stored before its workers crashed."""
+@pytest.mark.parametrize("missing", ["nothing", "source", "sequence", "id"])
+def test_a_poison_event_is_rejected_unless_it_was_stored_before(missing: str) -> None:
+    """Without a source, a number or an id, nothing can show that it was."""
     attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
-    del attributes[missing]
+    attributes.pop(missing, "")
     (result,) = decided(invalid(None, **attributes)._replace(error=PoisonEvent(3)))
     assert (result.label, result.failed) == ("poison", True)
 
@@ -159,6 +159,17 @@ def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
     assert result.label == "stored"
     with get_db() as db:
         assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
+
+
+def test_an_archive_in_another_zone_is_a_duplicate_although_its_month_differs() -> None:
+    """Its month follows the offset in which the same instant is written; it is not content."""
+    instant = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    zones = [UTC, timezone(timedelta(hours=1))]
+    archives = [an_archive(archived_at=instant.astimezone(zone)) for zone in zones]
+    assert [one.archive_month for one in archives] == ["2026-11", "2026-12"]
+    events = [event_of(archive, source="other/1", sequence=n) for n, archive in enumerate(archives)]
+    results = decided(*(Delivery(f"job-{n}", encode(event), SignalArchiveEvent) for n, event in enumerate(events)))
+    assert [one.label for one in results] == ["stored", "duplicate"]
 
 
 def test_a_batch_is_counted_with_its_duration_and_the_age_of_each_stored_event(monkeypatch: pytest.MonkeyPatch) -> None:
