@@ -56,7 +56,7 @@ class Quarantine:
     def lossy_files(self) -> list[Path]:
         """Return the salvaged files in which numbers were not found, or no entry at all."""
         with self._file.reading() as db:
-            lossy = {name for (name,) in db.execute("SELECT DISTINCT file FROM losses")}
+            lossy = {name for (name,) in db.execute("SELECT file FROM losses")}
         return [file for file in self.salvaged_files() if file.name in lossy or not has_readable_entries(file)]
 
     def _files(self, mark: str) -> list[Path]:

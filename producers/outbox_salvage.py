@@ -193,15 +193,13 @@ def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
     numbers = all(isinstance(row[name], int) for name in ("sequence", "recorder"))
     if not texts or not numbers or not _SOURCE_ID.fullmatch(row["source_id"]):
         return None
-    return row if isinstance(row["recorded_at"], int | float) and _is_intact(row) else None
+    return row if _is_time(row["recorded_at"]) and _is_intact(row) else None
 
 
 def _is_outcome(values: Sequence[Any]) -> bool:
-    if len(values) != _STATE_COLUMNS or values[0] is not None or not isinstance(values[1], int | float):
+    if len(values) != _STATE_COLUMNS or values[0] is not None or not _is_time(values[1]):
         return False
-    _, settled_at, row_id, reason = values
-    if not math.isfinite(settled_at):  # SQLite would store NULL
-        return False
+    _, _, row_id, reason = values
     return isinstance(row_id, int) if reason is None else row_id is None and isinstance(reason, str)
 
 
@@ -210,6 +208,11 @@ def _is_retry(values: Sequence[Any]) -> bool:
         return False
     _, why, checks, check_at = values
     return isinstance(why, str) and isinstance(checks, int) and isinstance(check_at, int | float | None)
+
+
+def _is_time(value: Any) -> bool:
+    """Return whether SQLite can store the value as a time: it would store NaN as NULL."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_intact(row: Mapping[str, Any]) -> bool:

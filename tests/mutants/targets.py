@@ -46,6 +46,7 @@ def _python_and_sql_mutants(path: str, text: str) -> list[Mutant]:
 _OUTBOX_TESTS = (
     "tests/unit/test_outbox.py",
     "tests/unit/test_outbox_clock.py",
+    "tests/unit/test_outbox_counts.py",
     "tests/unit/test_outbox_file.py",
     "tests/unit/test_outbox_forks.py",
     "tests/unit/test_outbox_growth.py",

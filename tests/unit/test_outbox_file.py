@@ -206,6 +206,20 @@ def test_newer_entries_are_carried_over_into_an_older_copy_of_the_outbox(path: P
     assert outbox.status().pending == 3
 
 
+def test_entries_that_a_file_at_the_path_has_are_left_unchanged(path: Path, tmp_path: Path) -> None:
+    """An older copy was put back, in which the entries are pending. Only newer entries are carried over as sent."""
+    outbox = Outbox(path)
+    before = _append(outbox, 3)
+    outbox.close()
+    shutil.copyfile(path, tmp_path / "older.db")
+    (newer,) = _append(outbox, after=5)
+    outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(4)})
+    (tmp_path / "older.db").replace(path)
+    assert outbox.status_of(newer).state == "sent"
+    assert [outbox.status_of(one).state for one in before] == ["pending"] * 3
+    assert [entry.sequence for entry in outbox.deliveries.overdue(9)] == [newer.sequence]
+
+
 @_removals
 def test_reading_marking_and_settling_also_carry_over_entries(path: Path, remove: Callable[[Path], None]) -> None:
     """A relay may be the first user of the outbox after the change."""

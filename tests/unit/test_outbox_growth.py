@@ -154,6 +154,28 @@ def test_newest_events_that_are_larger_fill_the_outbox_sooner(outbox: Outbox, pa
     assert capacity.growth_bytes_per_second == pytest.approx(100 * 100_000 / GROWTH_SECONDS, rel=0.1)
 
 
+def test_the_size_of_an_event_is_the_mean_of_the_newest_hundred(outbox: Outbox) -> None:
+    """In bytes: a character may have several."""
+    outbox.append("bot", [an_archive(signals=[a_signal(reason="é" * n)]) for n in range(5000, 0, -50)] * 2)
+    outbox.append("bot", [an_archive(signals=[a_signal(reason="é" * n)]) for n in range(101)])
+    growth = outbox.growth(GROWTH_SECONDS)
+    assert growth is not None
+    sizes = [len(entry.event.encode()) for entry in outbox.entries()]
+    assert growth.event_bytes == pytest.approx(sum(sizes[-100:]) / 100)
+
+
+@pytest.mark.parametrize("at", [700.0, 1000.0])
+def test_an_entry_that_was_settled_when_it_was_recorded_is_no_growth(outbox: Outbox, path: Path, at: float) -> None:
+    """At the first and at the last moment of the measured time too."""
+    _record(outbox, 1)
+    _settle(path, 1, 1, 0)
+    _execute(path, f"UPDATE entries SET recorded_at = {at}", f"UPDATE outcomes SET settled_at = {at}")
+    with outbox._file.reading() as db:
+        growth = outbox_counts.growth(db, 1000.0, 300.0)
+    assert growth is not None
+    assert growth.entries == 0
+
+
 _FULL = 10 * _MIB / 1000  # bytes of an entry, see below
 
 

@@ -314,10 +314,7 @@ def test_a_damaged_outcome_and_a_full_disk_do_not_end_a_salvage(path: Path, monk
         outbox.deliveries.settle(accepted.source_id, 0, {1: stored})
         with outbox._file.transaction() as db:
             db.execute("UPDATE outcomes SET settled_at = 1.5")
-    content = path.read_bytes()
-    assert content.count(struct.pack(">d", 1.5)) == 2  # in the table and in its index
-    path.write_bytes(content.replace(struct.pack(">d", 1.5), b"\xff" * 8))
-    moved = path.rename(path.with_name("outbox.db.damaged-1"))
+    moved = _with_no_number(path, count=2)  # in the table and in its index
     with Outbox(path, repair=True) as outbox:
         with monkeypatch.context() as patch:
             patch.setattr(outbox_salvage, "_copy_outcomes", _full_disk)
@@ -340,6 +337,46 @@ def test_a_record_of_another_table_is_not_taken_for_the_outcome_of_an_entry(path
     with Outbox(path.with_name("new.db")) as new:
         assert new.quarantine.salvage(path).entries == 1
         assert (new.status().pending, new.status().stored, new.status().rejected) == (1, 0, 0)
+
+
+def _with_no_number(path: Path, count: int) -> Path:
+    """Replace the number 1.5, which the file contains `count` times, by bytes that are no number; quarantine it."""
+    content = path.read_bytes()
+    assert content.count(struct.pack(">d", 1.5)) == count
+    path.write_bytes(content.replace(struct.pack(">d", 1.5), b"\xff" * 8))
+    return path.rename(path.with_name("outbox.db.damaged-1"))
+
+
+def test_an_entry_whose_time_is_not_a_number_does_not_end_a_salvage(path: Path) -> None:
+    """Its number is reported as lost, and the other entries are salvaged."""
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox, 3)
+        with outbox._file.transaction() as db:
+            db.execute("UPDATE entries SET recorded_at = 1.5 WHERE sequence = 2")
+    moved = _with_no_number(path, count=1)
+    with Outbox(path, repair=True) as outbox:
+        assert outbox.quarantine.salvage(moved).entries == 2
+        assert [entry.sequence for entry in outbox.entries()] == [1, 3]
+        assert _lost(outbox) == {2}
+
+
+def test_losses_in_several_files_are_listed_by_source_and_number(path: Path) -> None:
+    """A repeated salvage of one file leaves those of the others unchanged."""
+    with Outbox(path) as outbox:
+        names = {
+            outbox.append(name, [a_snapshot(after=timedelta(n)) for n in range(6)])[0].source_id: name for name in "ab"
+        }
+    low, high = sorted(names)
+    damaged = [path.with_name(f"outbox.db.damaged-{n}") for n in (1, 2)]
+    for file, lost in zip(damaged, ([(low, 5)], [(low, 3), (high, 2)]), strict=True):
+        shutil.copy(path, file)
+        with closing(sqlite3.connect(file)) as db, db:
+            db.executemany("DELETE FROM entries WHERE source_id = ? AND sequence = ?", lost)
+    expected = [(f"{names[low]}/{low}", [(3, 3), (5, 5)]), (f"{names[high]}/{high}", [(2, 2)])]
+    with Outbox(path.with_name("new.db")) as new:
+        for file in [*damaged, path.with_name("outbox.db.salvaged-1")]:
+            new.quarantine.salvage(file)
+        assert list(new.quarantine.losses().items()) == expected
 
 
 def _full_disk(*_: Any) -> Iterator[None]:
