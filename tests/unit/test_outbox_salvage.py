@@ -28,6 +28,7 @@ from producers.events import Draft
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
 from producers.outbox_salvage import ranges_text
+from producers.outbox_schema import VERSION
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -727,7 +728,7 @@ def test_a_file_that_cannot_be_opened_is_closed_again(path: Path, repair: bool) 
         Outbox(path, repair=repair)
     assert _open_files(path.parent, "outbox.db") == []
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 6")
+        db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("DROP TABLE outbox")
     with pytest.raises(OutboxError, match="no such table"):
         Outbox(path, repair=repair)
