@@ -348,6 +348,7 @@ def test_a_replaced_file_is_opened_without_the_log_of_the_earlier_file(path: Pat
         assert mine.poll(20)
         expected += mine.recv()
         expected += _job_ids(_append(outbox, 3, after=400))
+        assert [file.stat().st_size for file in outbox.quarantine.damaged_files()] == [0]  # beside the earlier log
     process.join(20)
 
     assert set(expected) <= set(_at_path(path))
