@@ -21,6 +21,7 @@ from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxDamaged, OutboxError
 from producers.outbox import Outbox
+from producers.outbox_carry_over import CarryOver
 from producers.outbox_file import OutboxFile
 from producers.outbox_salvage import has_content_of_an_outbox, has_readable_entries
 from producers.redis_keys import job_id_of
@@ -210,6 +211,25 @@ def test_a_file_that_cannot_be_opened_is_not_quarantined(path: Path, monkeypatch
         monkeypatch.undo()
         assert outbox.quarantine.damaged_files() == []
         assert [entry.job_id for entry in outbox.entries()] == _job_ids(accepted)
+
+
+def test_an_open_damaged_file_that_another_process_has_quarantined_prevents_no_event(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its entries cannot be carried over. A relay salvages them from the quarantined file."""
+    with Outbox(path, repair=True) as outbox, Outbox(path, repair=True) as other:
+        outbox.relay_lock().acquire()
+        _append(outbox)
+        _quarantine(other)
+
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(CarryOver, "take_out", fail)
+        _quarantine(outbox)
+        after = _append(outbox, after=1)
+        assert [entry.job_id for entry in outbox.entries()] == _job_ids(after)
+    assert "its entries could not be carried over: disk I/O error" in caplog.text
 
 
 def test_a_snapshot_shows_one_state_while_others_write(path: Path) -> None:

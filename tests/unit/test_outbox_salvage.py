@@ -723,7 +723,7 @@ def test_a_file_that_cannot_be_opened_is_closed_again(path: Path, repair: bool) 
     """Another version wrote it, or a table is missing. An open file would keep its space after its removal."""
     _filled(path)
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 99")
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
     with pytest.raises(OutboxError, match="newer version"):
         Outbox(path, repair=repair)
     assert _open_files(path.parent, "outbox.db") == []
@@ -794,7 +794,7 @@ def test_an_interrupted_salvage_is_repeated_without_doubling_an_entry(
         steps = outbox.quarantine.salvaging(moved)
         while not outbox.entries():
             next(steps)
-        assert len(outbox.entries()) < COUNT
+        assert 1 < len(outbox.entries()) <= 50
         del steps
     outbox = Outbox(path, repair=True)
     assert outbox.quarantine.damaged_files() == [moved]
@@ -817,6 +817,9 @@ def test_a_repeated_salvage_keeps_the_number_of_resends(path: Path) -> None:
     _filled(path)
     outbox = Outbox(path, repair=True)
     outbox.quarantine.salvage(*_quarantine(outbox))
+    outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(1)})
+    ((_, _, resends),) = outbox.deliveries.awaiting("sent")
+    assert resends == 0
     outbox.resend(since=0)
     outbox.quarantine.salvage(*outbox.quarantine.salvaged_files())
     outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(1)})
