@@ -87,10 +87,11 @@ def test_each_entry_has_a_different_nonce(path: Path) -> None:
 def test_each_name_on_one_file_has_its_own_source_and_numbers(path: Path) -> None:
     """Two controllers may share a file: neither has a gap, and no two jobs have the same id."""
     outbox = Outbox(path)
-    for name in ("a", "b", "a"):
-        outbox.append(name, [a_snapshot()])
+    accepted = [outbox.append(name, [a_snapshot()])[0] for name in ("a", "b", "a")]
 
     entries = outbox.deliveries.pending(10)
+    assert [entry.source for entry in entries] == [one.source for one in accepted]
+    assert [one.source.partition("/")[0] for one in accepted] == ["a", "b", "a"]
     assert [entry.sequence for entry in entries] == [1, 1, 2]
     assert len({entry.job_id for entry in entries}) == 3
 
