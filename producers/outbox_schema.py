@@ -126,9 +126,9 @@ CREATE TABLE segments (
 CREATE INDEX segments_of_source ON segments (source_id, id);
 CREATE INDEX segments_by_head ON segments (head);
 CREATE VIEW pending AS
-    SELECT position, checks FROM retries WHERE check_at IS NULL
+    SELECT position FROM retries WHERE check_at IS NULL
     UNION ALL
-    SELECT position, 0 FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN};
+    SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN};
 CREATE VIEW sent AS
     SELECT position, checks, check_at FROM retries WHERE check_at >= 0  -- by the index, unlike IS NOT NULL
     UNION ALL

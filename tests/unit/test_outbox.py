@@ -27,7 +27,7 @@ from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import InvalidEvent, OutboxDamaged, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
-from producers.outbox import Outbox
+from producers.outbox import Outbox, Position
 from producers.outbox_schema import VERSION
 from producers.sqlite_connections import use_wal
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -87,10 +87,11 @@ def test_each_entry_has_a_different_nonce(path: Path) -> None:
 def test_each_name_on_one_file_has_its_own_source_and_numbers(path: Path) -> None:
     """Two controllers may share a file: neither has a gap, and no two jobs have the same id."""
     outbox = Outbox(path)
-    for name in ("a", "b", "a"):
-        outbox.append(name, [a_snapshot()])
+    accepted = [outbox.append(name, [a_snapshot()])[0] for name in ("a", "b", "a")]
 
     entries = outbox.deliveries.pending(10)
+    assert [entry.source for entry in entries] == [one.source for one in accepted]
+    assert [one.source.partition("/")[0] for one in accepted] == ["a", "b", "a"]
     assert [entry.sequence for entry in entries] == [1, 1, 2]
     assert len({entry.job_id for entry in entries}) == 3
 
@@ -257,6 +258,45 @@ def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries
 
     assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(first.sequence, 3)]
     assert outbox.pending_count() == 1
+
+
+def test_a_check_that_is_asked_for_again_and_again_is_never_counted(path: Path) -> None:
+    """Neither the first check of an entry nor a later one; entries behind the position are not checked."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
+    for _ in range(2):
+        _send_next(outbox, check_after=100.0)
+    until = Position(1, outbox.generation)
+    for _ in range(3):
+        outbox.check_now(until)
+        assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(1, 0)]
+    outbox.deliveries.postpone({1: 100.0})
+    outbox.check_now(until)
+    assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(1, 0)]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 400.0], ids=["due", "too late"])
+def test_the_checks_that_are_furthest_from_their_time_come_first(path: Path, seconds: float) -> None:
+    """The others follow in the next portion: no entry waits for ever."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    for n in (1, 3, 2):
+        _send_next(outbox, check_after=n * seconds)
+    for sequence in (2, 3, 1):
+        (entry,) = outbox.deliveries.overdue(1)
+        assert entry.sequence == sequence
+        outbox.deliveries.postpone({entry.position: 100.0})
+
+
+def test_a_relay_that_has_nothing_to_do_does_not_wait_for_other_processes(path: Path) -> None:
+    """It looks for pending and overdue entries at each sweep, also while a process records."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    _send_next(outbox, check_after=100.0)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        assert outbox.deliveries.pending(1) == []
+        assert outbox.deliveries.overdue(1) == []
 
 
 def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, tmp_path: Path) -> None:
@@ -528,6 +568,18 @@ def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
         outbox.status_of(stored)
 
 
+def test_entries_that_were_settled_first_are_deleted_first(path: Path) -> None:
+    """At most a thousand at once: appends wait meanwhile."""
+    outbox = Outbox(path)
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(1001)])
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1001)})
+    _settle(outbox, (accepted[1000], STORED))
+    _settle(outbox, *((one, STORED) for one in accepted[:1000]))
+    assert outbox.deliveries.prune(keep_seconds=-1) == 1000
+    assert outbox.statuses_of(accepted[1000:]) == [None]
+    assert outbox.deliveries.prune(keep_seconds=-1) == 1
+
+
 def test_a_size_limit_that_is_reached_when_the_file_is_created_raises_an_error(path: Path) -> None:
     """As soon as there is room, the same file can be used."""
     with pytest.raises(OutboxError, match="is full: its disk, or its limit"):
@@ -573,9 +625,10 @@ def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -
 
     assert outbox.resend(since=time.time() + 1) == 0
     assert outbox.resend(since=time.time() - 60) == 2
-    assert [(entry.job_id, entry.event) for entry in outbox.deliveries.pending(10)] == [
-        (entry.job_id, entry.event) for entry in before[:2]
-    ]
+    # Like new entries, they have no checks: a relay that asked Redis first would find the earlier acknowledgements.
+    assert outbox.deliveries.pending(10) == before[:2] == outbox.entries()[:2]
+    assert outbox.deliveries.pending(1) == before[:1]
+    assert {entry.checks for entry in before} == {0}
 
 
 def test_an_acknowledgement_from_before_a_resend_settles_nothing(path: Path) -> None:
@@ -622,15 +675,18 @@ def test_entries_that_were_settled_before_they_were_sent_are_skipped(path: Path)
     with outbox._file.reading() as db:
         assert db.execute("SELECT first, last FROM batches").fetchall() == [(6, 6)]
         assert db.execute("SELECT sent_through FROM outbox").fetchone() == (6,)
+    outbox.append(NAME, [a_snapshot()])
     _settle(outbox, (settled[4], STORED), (later, STORED), resends=1)
     with outbox._file.reading() as db:
-        assert db.execute("SELECT count(*) FROM batches").fetchone() == (0,)
-    assert (outbox.status().depth, outbox.deliveries.prune(-1)) == (0, 6)
+        assert db.execute("SELECT first, last FROM batches").fetchall() == []
+    assert (outbox.status().depth, outbox.deliveries.prune(-1)) == (1, 6)
 
 
 def test_a_look_for_pending_entries_skips_settled_ones_once(path: Path) -> None:
     outbox = Outbox(path)
-    _settle(outbox, *((one, STORED) for one in outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])))
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    _send_next(outbox, check_after=100.0)
+    _settle(outbox, *((one, STORED) for one in accepted[1:]))
     assert outbox.deliveries.pending(9) == []
     with outbox._file.reading() as db:
         assert db.execute("SELECT sent_through FROM outbox").fetchone() == (5,)

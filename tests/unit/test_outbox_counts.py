@@ -59,7 +59,9 @@ def _in_each_state(outbox: Outbox, last_sent: str = "sent") -> list[Accepted]:
 @pytest.mark.parametrize("last_sent", ["sent", "stored", "pending"])
 def test_entries_up_to_each_position_are_counted_by_their_states(outbox: Outbox, last_sent: str) -> None:
     """Settled entries, and those to be sent again, are among them before and after the last one that was sent."""
-    states = [status and status.state for status in outbox.statuses_of(_in_each_state(outbox, last_sent))]
+    accepted = _in_each_state(outbox, last_sent)
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+    states = [status and status.state for status in outbox.statuses_of(accepted)]
     assert states == [*STATES[:4], last_sent, *STATES[5:]]
     for until in range(len(states) + 2):
         position = Position(until, outbox.generation)
@@ -73,6 +75,32 @@ def test_entries_up_to_each_position_are_counted_by_their_states(outbox: Outbox,
     assert [status.pending, status.sent, status.stored, status.rejected] == [
         states.count(state) for state in ("pending", "sent", "stored", "rejected")
     ]
+
+
+@pytest.mark.parametrize(("last_sent", "deleted"), [("sent", [2]), ("stored", [2, 5])])
+def test_deleting_settled_entries_changes_no_other_count(outbox: Outbox, last_sent: str, deleted: list[int]) -> None:
+    """Entries behind pending ones are not deleted yet: a gap among them would look like pending entries."""
+    accepted = _in_each_state(outbox, last_sent)
+    before = outbox.status()
+    assert outbox.deliveries.prune(keep_seconds=-1) == len(deleted)
+    assert [n for n, status in enumerate(outbox.statuses_of(accepted), 1) if status is None] == deleted
+    after = outbox.status()
+    assert (after.pending, after.sent, after.rejected) == (before.pending, before.sent, before.rejected)
+    assert after.stored == before.stored - len(deleted)
+
+
+def test_sent_entries_are_read_page_by_page_with_their_ages_and_checks(outbox: Outbox) -> None:
+    """In the order of recording, however they were sent."""
+    _in_each_state(outbox)
+    expected = [(1, 2), (3, 1), (5, 1), (9, 1)]
+    for limit in range(1, 6):
+        found: list[tuple[int, int]] = []
+        while page := outbox.deliveries.sent(found[-1][0] if found else 0, limit):
+            assert len(page) <= limit
+            assert all(0 <= age < 600 for _, age in page)
+            found += [(head.position, head.checks) for head, _ in page]
+        assert found == expected
+    assert len(outbox.deliveries.sent(0, 3)) == 3
 
 
 @pytest.mark.parametrize("last_sent", ["sent", "stored", "pending"])

@@ -822,6 +822,19 @@ def test_entries_whose_state_is_lost_are_reported_and_sent_again(
     assert [one.levelname for one in caplog.records] == ["ERROR"]
 
 
+def test_entries_between_two_batches_that_have_no_state_are_found(path: Path) -> None:
+    """Only the row of the batch in the middle is lost."""
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox, 6)
+        for _ in range(3):
+            outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
+        assert outbox.quick_check(60) is None
+        with outbox._file.transaction() as db:
+            db.execute("DELETE FROM batches WHERE first = 3")
+        assert (outbox.quick_check(60), outbox.status().sent) == (None, 6)
+        assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(9)] == [(3, 1), (4, 1)]
+
+
 def test_an_entry_that_is_settled_during_the_check_of_states_stays_settled(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
