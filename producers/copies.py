@@ -70,8 +70,8 @@ class CopyGuard:
                 pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it only in part
                 found = {shown(token) for token in pipe.mget(keys) if token is not None}
                 is_own = found <= self._outbox.header.read().tokens
-                if is_own:  # the outbox keeps all tokens: if this process dies, Redis may have either
-                    self._outbox.header.begin_exchange(token)
+                if is_own:  # stored first: if this process dies, Redis has its present token or this one
+                    self._outbox.header.begin_exchange(found, token)
                 pipe.multi()
                 if is_own:
                     _set_tokens(pipe, keys, token)

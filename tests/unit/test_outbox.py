@@ -493,9 +493,9 @@ def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest
     monkeypatch.setattr(outbox_clock, "boot_id", lambda: "after the start of the machine")
     Outbox(path, repair=True).close()
     assert written_durably() == appended
-    outbox.header.begin_exchange("next")
+    outbox.header.begin_exchange((), "next")
     outbox.header.end_exchange("next")
-    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET next_tokens"]
+    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET token"]
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
