@@ -129,7 +129,7 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
 
 
 @pytest.mark.parametrize("missing", ["nothing", "source", "sequence", "id"])
-def test_a_poison_event_is_rejected_unless_it_was_stored_before(missing: str) -> None:
+def test_a_poison_event_without_a_row_is_rejected_whatever_attributes_it_lacks(missing: str) -> None:
     """Without a source, a number or an id, nothing can show that it was."""
     attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
     attributes.pop(missing, "")
@@ -269,7 +269,7 @@ def test_values_that_the_table_refuses_reject_only_their_event() -> None:
 def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
     caplog: pytest.LogCaptureFixture, discarded_before: bool
 ) -> None:
-    """Its delivery stays rejected, and belongs no more in the registry of failed jobs. It is no error in the log."""
+    """Its delivery stays rejected, leaves the registry of failed jobs, and is no error in the log."""
     (first,) = decided(Delivery("job", "x", None, UNSUPPORTED))
     if discarded_before:
         with get_db() as db:
@@ -284,6 +284,13 @@ def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
         else ("ERROR", f"rejected job job: {UNSUPPORTED}")
     )
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "discarded"])
+def test_a_delivery_that_is_stored_later_is_no_longer_rejected_or_discarded(outcome: str) -> None:
+    decided(Delivery("job", "x", None, UNSUPPORTED), Delivery("other", "y", None, UNSUPPORTED))
+    with get_db() as db:
+        db.exec_driver_sql(f"UPDATE event_outcomes SET outcome = '{outcome}', actor = 'alice'")
     (stored,) = decided(valid(1)._replace(job_id="job"))
     assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
 

@@ -461,7 +461,7 @@ def test_appending_waits_for_the_disk_and_changing_a_state_does_not(
     assert modes_of("INSERT OR REPLACE INTO outcomes") == [("wal", 1)]
 
 
-def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_appends_and_exchanges_of_tokens_wait_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the relay's work nor the start after the machine was started. The exchange of a token waits."""
     opened: list[list[str]] = []
     connect = sqlite3.connect

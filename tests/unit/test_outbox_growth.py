@@ -90,8 +90,8 @@ def test_growth_is_not_known_if_recently_settled_entries_may_have_been_deleted(o
     assert _grown(outbox) is None
 
 
-def test_the_measured_time_begins_after_its_first_moment_and_ends_with_its_last(outbox: Outbox, path: Path) -> None:
-    """A settled entry that was deleted was settled before or at the time of the oldest one that is left."""
+def test_growth_excludes_the_start_of_its_period_and_includes_the_end(outbox: Outbox, path: Path) -> None:
+    """Entries are deleted in the order in which they were settled."""
     _record(outbox, 4)
     _execute(path, "UPDATE entries SET recorded_at = 1000.0 + position")
     _settle(path, 1, 2, 3.0)  # at 1001

@@ -286,7 +286,7 @@ def test_a_quarantined_file_replaces_no_earlier_one(path: Path) -> None:
 def test_each_user_can_quarantine_a_file_and_break_its_second_name(
     path: Path, monkeypatch: pytest.MonkeyPatch, user: int
 ) -> None:
-    """Only root gives the new files the owner of the earlier ones."""
+    """Root creates the new file at once, with the owner of the earlier one."""
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with Outbox(path, repair=True) as outbox:
         outbox.relay_lock().acquire()

@@ -357,3 +357,10 @@ def test_the_segments_of_a_chain_do_not_depend_on_batches() -> None:
     assert [len(one.sequences) for one in whole] == [1000, 1000, 500]
     assert [one for segment in whole for one in segment.sequences] == [*range(2500)]
     assert continued(whole[-1], []) == []
+
+
+def test_a_segment_that_was_written_earlier_is_recognized_by_its_checksum() -> None:
+    """The checksum is part of the outbox's format."""
+    row = ("ab" * 16, b"\0" * 32, b"\1" * 32, "[[1, 2]]", "[2]", bytes.fromhex("3cd31aecea7eef69"), b"\2" * 16)
+    assert outbox_segments.segment_row_of((7, *row)) == row
+    assert outbox_segments.segment_row_of((7, *row[:-1], b"\3" * 16)) is None

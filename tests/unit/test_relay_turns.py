@@ -230,7 +230,7 @@ def test_a_turn_begins_anew_if_a_backup_is_put_at_the_path(
 def test_a_relay_process_that_reaches_redis_again_relays_for_another_ten_seconds(
     new: New, path: Path, clock: list[float]
 ) -> None:
-    """It gives up its turn only if it fails for that long again."""
+    """It ends its turn only if it fails for that long again."""
     process = new("one")
     assert _relays(process, path)
     process.turn.failing_since = clock[0]
