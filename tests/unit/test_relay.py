@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producers import entry_sender, outbox_clock
+from producers import acknowledgement_reader, entry_sender, outbox_clock
 from producers import relay as relay_module
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Acknowledgement, Outcome, acknowledgement_text, shown
@@ -375,13 +375,49 @@ def test_a_rejection_is_logged_with_its_identifiers(
 
     (record,) = caplog.records
     assert record.getMessage() == f"event {accepted.event_id} was rejected: no"
-    named = {name: vars(record)[name] for name in ("source", "sequence", "job_id", "outcome")}
+    named = {name: vars(record)[name] for name in ("event_id", "source", "sequence", "job_id", "outcome")}
     assert named == {
+        "event_id": str(accepted.event_id),
         "source": accepted.source,
         "sequence": 1,
         "job_id": _field(accepted),
         "outcome": "rejected",
     }
+
+
+def test_acknowledgements_of_rejected_entries_are_read_every_five_seconds(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator may requeue a rejected event, which is then stored."""
+    clock = [1000.0]
+    monkeypatch.setattr(acknowledgement_reader, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    reader = AcknowledgementReader(outbox, redis)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    _acknowledge(redis, accepted, "rejected:no")
+    assert reader.apply() == 1
+    _acknowledge(redis, accepted, "stored:1")
+    settled = []
+    for clock[0] in (1000.1, 1004.9, 1005.0):
+        settled.append(reader.apply())
+    assert settled == [0, 0, 1]
+
+
+def test_the_acknowledgements_stay_if_redis_refuses_to_read_them(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a key of another type is renamed. A missing permission, for example, is an error of each sweep."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    _acknowledge(redis, accepted, "stored:1")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ResponseError("NOPERM this user has no permissions to run the 'hscan' command")
+
+    monkeypatch.setattr(redis, "hscan", refuse)
+    with pytest.raises(ResponseError, match="NOPERM"):
+        relay.sweep()
+    assert [shown(key) for key in redis.keys("history:ack:*")] == [acknowledgement_key(accepted.source)]
 
 
 def test_an_acknowledgement_that_replaces_a_rejection_is_not_removed_unread(

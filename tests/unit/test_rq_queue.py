@@ -81,7 +81,7 @@ def test_a_large_event_is_compressed(
     """It takes less memory of Redis. RQ reads both forms; a small one stays readable for people."""
     (entry,) = _entries(tmp_path, an_archive(signals=[a_signal()] * signals))
     _enqueue(redis, [entry])
-    data = redis.hget(Job.key_for(entry.job_id), "data") or b""
+    data: Any = redis.hget(Job.key_for(entry.job_id), "data")
     assert (len(data) < len(entry.event) / 2) == is_compressed
     assert data.startswith(b'["consumers.handlers.record_signal_archive"') != is_compressed
 
