@@ -18,7 +18,7 @@ from producers.outbox import Outbox
 from producers.redis_keys import owners_key, reserved_key
 from producers.rq_queue import TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive
-from tests.unit.conftest import queue_of
+from tests.unit.conftest import queue_of, sent_commands
 
 _TIMES = ("created_at", "enqueued_at")
 _OTHER_JOBS = ("job-1", "job-2", "job-3")
@@ -154,15 +154,7 @@ def test_all_lists_of_jobs_are_read_at_one_moment(
     """In one transaction of Redis: otherwise a job that moves from a list to one that was read before would be lost."""
     entries = _entries(tmp_path, a_snapshot())
     _enqueue(redis, entries)
-    sent: list[bytes] = []
-    kind = redis.connection_pool.connection_class
-    send = kind.send_packed_command
-
-    def recorded(connection: Any, commands: Any, **options: Any) -> Any:
-        sent.append(commands if isinstance(commands, bytes) else b"".join(commands))
-        return send(connection, commands, **options)
-
-    monkeypatch.setattr(kind, "send_packed_command", recorded)
+    sent = sent_commands(redis, monkeypatch)
     in_no_list(redis, queue_of(redis), entries)
     (lists,) = [commands for commands in sent if b"LRANGE" in commands]
     assert lists.index(b"MULTI") < lists.index(b"HKEYS") < lists.index(b"LPOS") < lists.index(b"EXEC")
