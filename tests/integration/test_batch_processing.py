@@ -283,6 +283,8 @@ def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
         if discarded_before
         else ("ERROR", f"rejected job job: {UNSUPPORTED}")
     )
+    (alone,) = decided(Delivery("job", "x", None, UNSUPPORTED))
+    assert alone.failed is not discarded_before
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
 
 
