@@ -225,7 +225,7 @@ def test_sent_entries_are_overdue_when_their_check_is_due(path: Path) -> None:
 
 
 def test_a_check_later_than_the_longest_interval_is_due_now(path: Path) -> None:
-    """A clock that was ahead wrote it. Both kinds of overdue entries share the limit; those whose time came go first."""
+    """A clock that was ahead wrote it. The limit is for both kinds; the checks whose time has come are first."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
     far, *_ = (_send_next(outbox, check_after=seconds) for seconds in (400.0, -1.0, 330.0, 2 * 86400.0))
