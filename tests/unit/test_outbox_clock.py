@@ -117,6 +117,9 @@ def test_a_check_is_due_at_its_time_and_if_it_is_later_than_any_interval_ends(pa
 def test_the_clock_of_a_new_file_continues_when_it_is_opened_again(path: Path, machine: Machine) -> None:
     """It begins with the wall clock. Nothing was recorded before the file was opened again."""
     Outbox(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        first = db.execute("SELECT clock_shown, clock_boot, clock_running, clock_wall FROM outbox").fetchone()
+    assert first == (machine.wall, machine.boot, machine.running, machine.wall)
     machine.wait(50)
     outbox = Outbox(path)
     _append(outbox)
