@@ -96,12 +96,12 @@ _AWAITING = {
     "rejected": "SELECT id, name, resends FROM sources WHERE EXISTS (SELECT 1 FROM outcomes WHERE row_id IS NULL)",
 }
 
-# Without the events: SQLite would read all of them to sort the entries.
+# Without the events: SQLite would read all of them to sort the entries. Each source's are in their order.
 _PRUNED = """
 SELECT position, source_id, sequence, type, row_id IS NULL
 FROM (SELECT position, row_id FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
     ORDER BY settled_at LIMIT ?) CROSS JOIN entries USING (position)
-ORDER BY source_id, sequence, nonce
+ORDER BY sequence, nonce
 """
 _EVENT = "SELECT event FROM entries WHERE position = ?"
 _DELETE_ENTRIES = "DELETE FROM entries WHERE position IN (SELECT value FROM json_each(?))"

@@ -96,6 +96,23 @@ def test_each_name_on_one_file_has_its_own_source_and_numbers(path: Path) -> Non
     assert len({entry.job_id for entry in entries}) == 3
 
 
+def test_a_copied_outbox_gives_its_current_sources_up(path: Path) -> None:
+    """Those that were left earlier keep their reason."""
+    outbox = Outbox(path)
+    accepted = [outbox.append(name, [a_snapshot()])[0] for name in ("a", "b")]
+    assert outbox.header.replace_sources() == [one.source for one in accepted]
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE sources SET left_because = 'damaged' WHERE name = 'b'")
+    (last,) = outbox.append("a", [a_snapshot()])
+    assert [(one.full_name, one.current, one.left_because) for one in outbox.sources()] == [
+        (accepted[0].source, False, "copied"),
+        (accepted[1].source, False, "damaged"),
+        (last.source, True, None),
+    ]
+    assert outbox.header.replace_sources() == [last.source]
+    assert outbox.sources()[1].left_because == "damaged"
+
+
 def test_numbers_continue_after_reopening_and_source_ids_differ_between_files(path: Path, tmp_path: Path) -> None:
     """No sequence is used twice."""
     first = Outbox(path)
@@ -210,15 +227,15 @@ def test_sent_entries_are_overdue_when_their_check_is_due(path: Path) -> None:
 
 
 def test_a_check_later_than_the_longest_interval_is_due_now(path: Path) -> None:
-    """A clock that was ahead wrote it. Both kinds of overdue entries share the limit."""
+    """A clock that was ahead wrote it. The limit is for both kinds; the checks whose time has come are first."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    _, far, _, _ = (_send_next(outbox, check_after=seconds) for seconds in (-1.0, 400.0, 330.0, 2 * 86400.0))
+    far, *_ = (_send_next(outbox, check_after=seconds) for seconds in (400.0, -1.0, 330.0, 2 * 86400.0))
 
     assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2, 4]
-    assert [entry.sequence for entry in outbox.deliveries.overdue(1)] == [1]
+    assert [entry.sequence for entry in outbox.deliveries.overdue(1)] == [2]
     outbox.deliveries.postpone({far.position: 300.0})
-    assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 4]
+    assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [2, 4]
 
 
 def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> None:
@@ -620,6 +637,7 @@ def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -
     assert outbox.resend(since=0) == 0
     stored, rejected, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     before = outbox.deliveries.pending(10)
+    assert outbox.entries() == before
     outbox.deliveries.mark_sent({entry.position: 0.0 for entry in before})
     _settle(outbox, (stored, STORED), (rejected, REJECTED))
 

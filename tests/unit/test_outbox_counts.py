@@ -61,6 +61,7 @@ def test_entries_up_to_each_position_are_counted_by_their_states(outbox: Outbox,
     """Settled entries, and those to be sent again, are among them before and after the last one that was sent."""
     accepted = _in_each_state(outbox, last_sent)
     assert outbox.deliveries.prune(keep_seconds=60) == 0
+    outbox.check_now(Position(4, outbox.generation))
     states = [status and status.state for status in outbox.statuses_of(accepted)]
     assert states == [*STATES[:4], last_sent, *STATES[5:]]
     for until in range(len(states) + 2):

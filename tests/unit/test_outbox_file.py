@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,9 @@ def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
 def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], None]) -> None:
     """The new file also keeps the source, its number of resends and the token: it is the same outbox."""
     outbox = Outbox(path)
-    (before,) = _append(outbox)
-    outbox.resend(since=0)
+    *_, before = _append(outbox, 3)
+    for _ in range(2):
+        outbox.resend(since=0)
     token = outbox.header.read().token
     outbox.header.set_destination("database 0 on here", "history")
     remove(path)
@@ -132,7 +134,7 @@ def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], Non
     assert (after.source, after.sequence) == (before.source, before.sequence + 1)
     assert outbox.sources()[0].current
     outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(2)})
-    assert outbox.deliveries.awaiting("sent") == [(before.source_id, NAME, 1)]
+    assert outbox.deliveries.awaiting("sent") == [(before.source_id, NAME, 2)]
     identity = outbox.header.read()
     assert (identity.token, identity.redis, identity.queue) == (token, "database 0 on here", "history")
 
@@ -214,10 +216,50 @@ def test_entries_that_a_file_at_the_path_has_are_left_unchanged(path: Path, tmp_
     shutil.copyfile(path, tmp_path / "older.db")
     (newer,) = _append(outbox, after=5)
     outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(4)})
+    outbox.resend(since=time.time() + 100)
     (tmp_path / "older.db").replace(path)
     assert outbox.status_of(newer).state == "sent"
     assert [outbox.status_of(one).state for one in before] == ["pending"] * 3
-    assert [entry.sequence for entry in outbox.deliveries.overdue(9)] == [newer.sequence]
+    assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(9)] == [(newer.sequence, 1)]
+    assert outbox.deliveries.awaiting("sent") == [(newer.source_id, NAME, 1)]
+
+
+def test_entries_of_copies_with_the_same_number_are_all_carried_over(path: Path, tmp_path: Path) -> None:
+    """Each keeps its state. Two of them have met in the file before."""
+    outbox = Outbox(path)
+    _append(outbox)
+    outbox.close()
+    shutil.copyfile(path, tmp_path / "copy.db")
+    with Outbox(tmp_path / "copy.db") as copy:
+        (foreign,) = _append(copy, after=3)
+    (sent,) = _append(outbox, after=5)
+    outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
+    pending = replace(sent, nonce="f" * 16)
+    columns = "recorder, recorded_at, event_id, type, summary, event"
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            f"INSERT INTO entries (source_id, sequence, nonce, {columns})"
+            f" SELECT source_id, sequence, ?, {columns} FROM entries WHERE sequence = 2",
+            (pending.nonce,),
+        )
+    (tmp_path / "copy.db").replace(path)
+    assert foreign.sequence == sent.sequence
+    states = [status and status.state for status in outbox.statuses_of([foreign, sent, pending])]
+    assert states == ["pending", "sent", "pending"]
+    assert len(outbox.entries()) == 4
+
+
+def test_a_name_that_the_file_at_the_path_does_not_use_any_more_keeps_its_source(path: Path) -> None:
+    """Sources of other names, and those that were left, are no reason to leave it."""
+    outbox = Outbox(path)
+    before = _append(outbox, 2)
+    with Outbox(path.with_name("new.db")) as other:
+        _append(other)
+        other.header.replace_sources()
+        other.append("other", [a_snapshot()])
+    path.with_name("new.db").replace(path)
+    (after,) = _append(outbox, after=9)
+    assert (after.source, after.sequence) == (before[0].source, 3)
 
 
 @_removals

@@ -129,6 +129,17 @@ def test_a_segment_grows_to_a_thousand_events(path: Path) -> None:
     assert segments[-1].head == _head(entries)
 
 
+def test_entries_that_are_deleted_together_are_chained_in_the_order_of_their_numbers(path: Path) -> None:
+    """In whatever order they were settled: the numbers fill few ranges."""
+    with Outbox(path) as outbox:
+        accepted = outbox.append(NAME, [a_snapshot(after=timedelta(minutes=n)) for n in range(9)])
+        _send(outbox)
+        for one in reversed(accepted):
+            _settle(outbox, one, Outcome("stored", row_id=1))
+        assert _prune(outbox) == 9
+        assert [segment.sequences for segment in _content(outbox)] == [list(range(1, 10))]
+
+
 def test_each_source_has_its_own_chain(path: Path) -> None:
     with Outbox(path) as outbox:
         for name in ("a", "b"):
