@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import fakeredis
 import pytest
 
-from producers.errors import RelayRefused
+from producers.errors import OutboxError, RelayRefused
 from producers.outbox import Outbox
 from producers.outbox_place import LOCK
 from producers.relay import Relay
@@ -207,6 +207,28 @@ def test_a_relay_without_the_lock_begins_its_turn_anew_when_it_gets_the_lock(new
         assert outbox.header.read().token != token
 
 
+def test_two_relays_at_once_do_not_enqueue_an_entry_twice(
+    new: New, path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay process continues, and is stopped again after it has enqueued an entry and before it marks it as sent."""
+    stopped, producer = new("stopped"), new()
+    assert _relays(stopped, path)
+    _expire_heartbeat(path)
+    assert _relays(producer, path)
+    with Outbox(path) as outbox:
+        outbox.append("bot", [a_snapshot()])
+
+    def fail(_: object) -> None:
+        raise OutboxError("stopped")
+
+    monkeypatch.setattr(stopped._outbox.deliveries, "mark_sent", fail)
+    with pytest.raises(OutboxError):
+        stopped._sender.send_pending(probe=False, stopped=lambda: False)
+    assert queue_of(redis).count == 3
+    producer.sweep()
+    assert (queue_of(redis).count, producer.turn.is_exclusive) == (3, False)
+
+
 def test_a_turn_begins_anew_if_a_backup_is_put_at_the_path(
     new: New, path: Path, tmp_path: Path, redis: fakeredis.FakeRedis
 ) -> None:
@@ -230,7 +252,7 @@ def test_a_turn_begins_anew_if_a_backup_is_put_at_the_path(
 def test_a_relay_process_that_reaches_redis_again_relays_for_another_ten_seconds(
     new: New, path: Path, clock: list[float]
 ) -> None:
-    """It gives up its turn only if it fails for that long again."""
+    """It ends its turn only if it fails for that long again."""
     process = new("one")
     assert _relays(process, path)
     process.turn.failing_since = clock[0]
