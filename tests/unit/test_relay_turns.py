@@ -210,7 +210,7 @@ def test_a_relay_without_the_lock_begins_its_turn_anew_when_it_gets_the_lock(new
 def test_two_relays_at_once_do_not_enqueue_an_entry_twice(
     new: New, path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The relay process continues, and is stopped again after it has enqueued an entry and before it marks it as sent."""
+    """The relay process continues, and is stopped again between enqueueing an entry and marking it as sent."""
     stopped, producer = new("stopped"), new()
     assert _relays(stopped, path)
     _expire_heartbeat(path)
