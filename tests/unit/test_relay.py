@@ -616,6 +616,7 @@ def test_a_relay_that_waits_for_its_turn_pauses_between_sweeps(
     sweeps = _counted(waiting, monkeypatch, waiting.sweep)
     waiting.start()
     time.sleep(0.2)
+    assert waiting.running
     waiting.stop()
     assert 1 <= len(sweeps) <= 20
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import fakeredis
 import pytest
 
-from producers.errors import RelayRefused
+from producers.errors import OutboxError, RelayRefused
 from producers.outbox import Outbox
 from producers.outbox_place import LOCK
 from producers.relay import Relay
@@ -205,6 +205,28 @@ def test_a_relay_without_the_lock_begins_its_turn_anew_when_it_gets_the_lock(new
         assert _relays(producer, path)
         assert producer.turn.is_exclusive
         assert outbox.header.read().token != token
+
+
+def test_two_relays_at_once_do_not_enqueue_an_entry_twice(
+    new: New, path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay process continues, and is stopped again between enqueueing an entry and marking it as sent."""
+    stopped, producer = new("stopped"), new()
+    assert _relays(stopped, path)
+    _expire_heartbeat(path)
+    assert _relays(producer, path)
+    with Outbox(path) as outbox:
+        outbox.append("bot", [a_snapshot()])
+
+    def fail(_: object) -> None:
+        raise OutboxError("stopped")
+
+    monkeypatch.setattr(stopped._outbox.deliveries, "mark_sent", fail)
+    with pytest.raises(OutboxError):
+        stopped._sender.send_pending(probe=False, stopped=lambda: False)
+    assert queue_of(redis).count == 3
+    producer.sweep()
+    assert (queue_of(redis).count, producer.turn.is_exclusive) == (3, False)
 
 
 def test_a_turn_begins_anew_if_a_backup_is_put_at_the_path(
