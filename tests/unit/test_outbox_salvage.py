@@ -380,6 +380,32 @@ def test_losses_in_several_files_are_listed_by_source_and_number(path: Path) -> 
         assert list(new.quarantine.losses().items()) == expected
 
 
+@pytest.mark.parametrize(
+    ("table", "value"),
+    [
+        ("entries", "source_id = 'accounts'"),
+        ("entries", "recorder = 'text'"),
+        ("entries", "nonce = x'00'"),
+        ("entries", "recorded_at = 'text'"),
+        ("sources", "id = 'accounts'"),
+        ("sources", "name = x'00'"),
+        ("sources", "last_sequence = 'text'"),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_neither_an_entry_nor_a_source(
+    path: Path, table: str, value: str
+) -> None:
+    """It is of another table with as many columns, or damaged. Nothing is taken from it."""
+    with Outbox(path) as outbox:
+        _append(outbox, 1)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"DELETE FROM {'sources' if table == 'entries' else 'entries'}")
+        db.execute(f"UPDATE {table} SET {value}")
+    with Outbox(path.with_name("new.db")) as new:
+        found = new.quarantine.salvage(path)
+        assert (found.entries, found.is_recognized, new.entries(), new.sources()) == (0, False, [], [])
+
+
 def _full_disk(*_: Any) -> Iterator[None]:
     raise sqlite3.OperationalError("database or disk is full")
     yield
