@@ -241,7 +241,7 @@ def test_an_error_that_no_delivery_causes_is_raised_and_no_delivery_is_tried_alo
 
 @pytest.mark.parametrize(("used", "name"), [(batch, "decode"), (json, "loads"), (COUNTS, "batch")])
 def test_a_keyboard_interrupt_is_raised_at_any_step(monkeypatch: pytest.MonkeyPatch, used: object, name: str) -> None:
-    """A person ends the worker: while it reads an event, reads what it can of an invalid one, and counts the results."""
+    """A person ends the worker while it reads an event, reads what it can of an invalid one, or counts the results."""
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt

@@ -265,7 +265,8 @@ def test_a_search_reads_at_most_50_archives_or_about_a_mebibyte_of_them_at_a_tim
     found = list(archive_queries.archives_with_signals(db, date(2026, 2, 1), (newest, 0), 1000))
     assert [one.id for one in found] == [*range(len(characters))]
     assert [len(ids) for ids in read] == [len(sizes) for sizes in expected]
-    assert 50 in map(len, read) and [len(characters) - 2] in read
+    assert 50 in map(len, read)
+    assert [len(characters) - 2] in read
 
 
 def test_the_exact_statement_gives_the_document_as_text_with_every_digit(db: Connection) -> None:
@@ -275,5 +276,6 @@ def test_the_exact_statement_gives_the_document_as_text_with_every_digit(db: Con
     db.execute(text(f"""UPDATE signal_archives SET signals_data = '[{{"market_id": "7", "price": {number}}}]'"""))
     for query, name in ((archives(Filter()), "signals_data"), (market_signals("7", Filter()), "signal")):
         (found,) = db.execute(query.exact_statement(), dict(query.values)).mappings()
-        assert isinstance(found[name], str) and number in found[name]
+        assert isinstance(found[name], str)
+        assert number in found[name]
         assert found["archived_at"] == row.at
