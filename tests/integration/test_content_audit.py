@@ -285,6 +285,12 @@ def test_a_withdrawal_with_a_lone_surrogate_differs(receipts: list[Receipt], cha
     assert _differing(chains) == [4]
 
 
+def test_events_without_a_portfolio_do_not_differ(producer: HistoryProducer, work: Work) -> None:
+    payloads = (a_snapshot(portfolio_id=None), an_archive(portfolio_id=None), a_snapshot(portfolio_id=None))
+    _deliver(producer, work, [producer.record(payload) for payload in payloads])
+    assert _differing(_chains(_outbox(producer))) == []
+
+
 def test_signals_that_are_not_a_list_differ(producer: HistoryProducer, work: Work) -> None:
     """The owner of the table has dropped its constraints."""
     _deliver(producer, work, [producer.record(an_archive()), producer.record(an_archive())])
