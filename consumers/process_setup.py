@@ -15,7 +15,7 @@ TESTED_RQ = ("3.0",)  # first parts of version numbers
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOGGERS_OF_RQ = ("rq.worker", "rq.job")
 
-_exited_on: list[int] = []  # signals for which `exit_on_signal` has raised SystemExit
+_exit_signals: list[int] = []  # received by `exit_on_signal`, whose SystemExit may have been lost
 
 
 def write_logs(level: int) -> None:
@@ -50,26 +50,26 @@ def on_stop_signals(numbers: Iterable[signal.Signals], handler: Callable[[int, F
     """Call `handler` on these signals, except those that this process has ignored since its start.
 
     `nohup` makes its command ignore SIGHUP; a shell makes a script's background processes ignore SIGINT. The handler is
-    called at once if a signal of `exit_on_signal` was lost.
+    called at once if `exit_on_signal` has received a signal, but its SystemExit was lost.
     """
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
-    while _exited_on:
-        handler(_exited_on.pop(), None)
+    while _exit_signals:
+        handler(_exit_signals.pop(), None)
 
 
 def exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
     """End the process as Ctrl-C does, with exit status 128 + `number`: a handler for `on_stop_signals`.
 
-    Python ignores exceptions in callbacks of deleted objects, which run during imports. Therefore, a command that runs
-    until a signal calls `on_stop_signals` or `exit_if_signal_was_lost` after its imports.
+    Python prints and ignores exceptions in callbacks of weak references, of which imports run many. Therefore, a
+    command that runs until a signal calls `on_stop_signals` or `exit_if_signal_was_lost` after its imports.
     """
-    _exited_on.append(number)
+    _exit_signals.append(number)
     raise SystemExit(128 + number)
 
 
 def exit_if_signal_was_lost() -> None:
     """End the process if it has received a signal that should have ended it."""
-    if _exited_on:
-        raise SystemExit(128 + _exited_on.pop())
+    if _exit_signals:
+        raise SystemExit(128 + _exit_signals.pop())

@@ -66,13 +66,12 @@ class CopyGuard:
         keys = [token_key(source) for source in sources]
         token = secrets.token_hex(8)
         for _ in range(_TRIES):
-            with self._redis.pipeline(transaction=True) as pipe:
+            with self._redis.pipeline() as pipe:
                 pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it only in part
                 found = {shown(token) for token in pipe.mget(keys) if token is not None}
                 is_own = found <= self._outbox.header.read().tokens
-                if is_own:
-                    # The outbox has all tokens until Redis answers: if this process dies, Redis may have either.
-                    self._outbox.header.begin_exchange(token)
+                if is_own:  # stored first: if this process dies, Redis has its present token or this one
+                    self._outbox.header.begin_exchange(found, token)
                 pipe.multi()
                 if is_own:
                     _set_tokens(pipe, keys, token)
@@ -101,7 +100,7 @@ class CopyGuard:
 
     def _replace_sources(self) -> None:
         replaced = self._outbox.header.replace_sources()
-        if replaced:  # pragma: no branch - another process may have replaced them meanwhile
+        if replaced:  # another process may have replaced them meanwhile
             logger.warning(
                 "outbox %s was copied or restored, and another copy has used it. New events get a new source instead of"
                 " %s. No event is lost. Run `trading-history audit` on the host of each copy",

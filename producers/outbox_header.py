@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Collection
 from typing import NamedTuple
 
 from producers.outbox_clock import OutboxClock
@@ -10,9 +11,10 @@ from producers.outbox_file import OutboxFile
 
 RELAY_ALIVE_SECONDS = 10.0  # a relay process counts as ended when its last heartbeat is older
 
-_MOST_NEXT_TOKENS = 20  # exchanges that ended halfway must not fill the row
+_MOST_NEXT_TOKENS = 20  # beside those that Redis has; exchanges that ended halfway must not fill the row
 
 _HEADER = "SELECT token, next_tokens, redis, queue, relay, relay_at FROM outbox"
+_SET_TOKENS = "UPDATE outbox SET token = coalesce(?, token), next_tokens = ?"
 _REPLACE_SOURCES = """
 UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING name || '/' || id
 """
@@ -23,13 +25,13 @@ class Header(NamedTuple):
 
     Attributes:
         token: Distinguishes copies of the outbox: Redis has the same token.
-        next_tokens: Tokens that may have replaced it in Redis, the newest one last, separated by spaces.
+        next_tokens: Tokens of exchanges that have begun, the newest one last. One may be in Redis in its place.
         relay: Name of the relay process that sent the last heartbeat.
         relay_at: Time of this heartbeat by the outbox's clock.
     """
 
     token: str
-    next_tokens: str
+    next_tokens: tuple[str, ...]
     redis: str | None
     queue: str | None
     relay: str | None
@@ -38,7 +40,7 @@ class Header(NamedTuple):
     @property
     def tokens(self) -> set[str]:
         """All tokens that Redis may have, if no other copy has replaced them."""
-        return {self.token, *self.next_tokens.split()}
+        return {self.token, *self.next_tokens}
 
 
 class OutboxHeader:
@@ -54,24 +56,25 @@ class OutboxHeader:
 
     def read(self) -> Header:
         with self._file.reading() as db:
-            return Header(*db.execute(_HEADER).fetchone())
+            return _header(db)
 
-    def begin_exchange(self, token: str) -> None:
-        """Store that Redis may get this token from now on. The tokens that it may have already are kept."""
+    def begin_exchange(self, found: Collection[str], token: str) -> None:
+        """Store that Redis, which has the tokens `found`, may get this token from now on."""
         with self._file.transaction() as db:
-            others = [one for one in _next_tokens(db) if one != token]
-            _set_next_tokens(db, [*others, token][-_MOST_NEXT_TOKENS:])
+            others = [one for one in _header(db).next_tokens if one != token]
+            newest = others[1 - _MOST_NEXT_TOKENS :]
+            kept = [one for one in others if one in found or one in newest]
+            db.execute(_SET_TOKENS, (None, " ".join([*kept, token])))
 
     def end_exchange(self, token: str) -> None:
-        """Store that Redis has this token, and no token of an exchange that began earlier.
+        """Store that Redis has this token, and forget those of earlier exchanges, which can no longer succeed.
 
         If another relay has already ended an exchange that began later, nothing changes.
         """
         with self._file.transaction(durable=False) as db:
-            next_tokens = _next_tokens(db)
-            if token in next_tokens:
-                db.execute("UPDATE outbox SET token = ?", (token,))
-                _set_next_tokens(db, next_tokens[next_tokens.index(token) + 1 :])
+            tokens = _header(db).next_tokens
+            if token in tokens:
+                db.execute(_SET_TOKENS, (token, " ".join(tokens[tokens.index(token) + 1 :])))
 
     def replace_sources(self) -> list[str]:
         """Give new events new sources, because a copy uses the current ones; return the old sources' full names."""
@@ -100,14 +103,10 @@ class OutboxHeader:
     def relay_is_alive(self) -> bool:
         """Return whether the last heartbeat of a relay process is at most RELAY_ALIVE_SECONDS old."""
         with self._file.reading() as db:
-            at = Header(*db.execute(_HEADER).fetchone()).relay_at
+            at = _header(db).relay_at
             return at is not None and abs(self._clock.now(db) - at) <= RELAY_ALIVE_SECONDS
 
 
-def _next_tokens(db: sqlite3.Connection) -> list[str]:
-    (tokens,) = db.execute("SELECT next_tokens FROM outbox").fetchone()
-    return str(tokens).split()
-
-
-def _set_next_tokens(db: sqlite3.Connection, tokens: list[str]) -> None:
-    db.execute("UPDATE outbox SET next_tokens = ?", (" ".join(tokens),))
+def _header(db: sqlite3.Connection) -> Header:
+    token, next_tokens, *others = db.execute(_HEADER).fetchone()
+    return Header(token, tuple(next_tokens.split()), *others)

@@ -118,8 +118,6 @@ class OutboxPlace:
 
         SQLite would use one log for each name, and from each log overwrite changes that came from the other.
         """
-        if not has_hard_link(self.path):
-            return
         real = self.real
         with os_errors(self.path), folder_lock(real.parent):
             if not has_hard_link(real):  # another process has replaced it meanwhile

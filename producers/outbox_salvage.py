@@ -125,7 +125,7 @@ def salvage_pages(
         db.execute("DELETE FROM losses WHERE file = ?", (name,))
         for source_id, (source_name, last_known) in sources.items():
             have = sorted(numbers[source_id])
-            last = max(last_known, *have[-1:], 0)
+            last = max([last_known, *have[-1:]])
             _continue_source(db, source_id, source_name, last)
             if unread := _gaps(have, last)[:_MOST_LOST_RANGES]:
                 found.unread[full_source(source_name, source_id)] = unread

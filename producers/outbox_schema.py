@@ -37,7 +37,7 @@ UPDATE outbox SET sent_through = coalesce(
 """  # noqa: S608  # a constant
 
 # All times are seconds since the epoch by the outbox's own clock.
-# `outbox` has one row. `token` distinguishes copies of the file, one of `next_tokens` may have replaced it in Redis;
+# `outbox` has one row. `token` distinguishes copies of the file. One of `next_tokens` may have replaced it in Redis.
 # `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
 # clock columns are a ClockReading.
 # `sources` has the last number of each source. Each name has one current source, which new events get; the entries of
@@ -146,7 +146,7 @@ INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clo
 
 
 def ensure_tables(db: sqlite3.Connection, path: Path) -> None:
-    """Create the tables in an empty file, in one transaction. After an error, close the connection.
+    """Create the tables in an empty file, in one transaction. If this raises, close the connection.
 
     Raises:
         OutboxError: another version of this program wrote the file.

@@ -41,10 +41,10 @@ class RelayTurn:
         Raises:
             RelayRefused: the outbox belongs to another Redis or queue.
         """
-        if self._outbox.generation != self._generation:  # another file is at the path, with another lock beside it
+        header = self._outbox.header.read()
+        if self._outbox.generation != self._generation:  # reading found another file at the path
             self._generation = self._outbox.generation
             self.end()
-        header = self._outbox.header.read()
         try:
             self.check_destination(header)
         except RelayRefused:
@@ -75,7 +75,8 @@ class RelayTurn:
     def end(self) -> None:
         """End the turn, so that another relay can take it."""
         self.started = False
-        if self._process_name is not None and self._alive_since is not None:
+        if self._alive_since is not None:
+            assert self._process_name is not None
             self._alive_since, self._heartbeat_at = None, 0.0
             with contextlib.suppress(HistoryError):  # the heartbeat expires in any case
                 self._outbox.header.clear_heartbeat(self._process_name)
@@ -83,7 +84,8 @@ class RelayTurn:
 
     def heartbeat(self) -> None:
         """Send the heartbeat of a relay process if it is due. This never waits for Redis."""
-        if self._process_name is not None and self._alive_since is not None:
+        if self._alive_since is not None:
+            assert self._process_name is not None
             now = time.monotonic()
             if now >= self._heartbeat_at:
                 self._heartbeat_at = now + _HEARTBEAT_SECONDS

@@ -100,7 +100,7 @@ def without_acknowledgement(redis: Redis, entries: Sequence[AnyHead]) -> list[An
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
             pipe.hexists(acknowledgement_key(entry.source), entry.job_id)
-        answered = pipe.execute() if entries else []
+        answered = pipe.execute()
     return [entry for entry, has_answer in zip(entries, answered, strict=True) if not has_answer]
 
 

@@ -15,7 +15,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def free_ports(count: int) -> int:
+def first_of_free_ports(count: int) -> int:
     """Return the first of `count` consecutive ports that nobody listens at now."""
     while True:
         first = free_port()

@@ -18,8 +18,8 @@ from consumers.cli.rejection_options import (
     SinceOption,
     SourceOption,
     UntilOption,
-    selected,
-    selected_or_named,
+    selection_of,
+    selection_to_change,
 )
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
@@ -64,7 +64,7 @@ def failed_list(
     """
     from consumers.ops.rejections import as_dict, rejection_groups, rejections
 
-    selection = selected(Filters(reason, source, kind, since, until, limit))
+    selection = selection_of(Filters(reason=reason, source=source, kind=kind, since=since, until=until, limit=limit))
     otherwise = "No event was rejected." if selection.is_empty else "No rejected event is selected."
     with stack(database=True):
         if each:
@@ -118,8 +118,8 @@ def failed_requeue(
     from consumers.ops.failed import requeue
     from consumers.ops.rejections import rejections
 
-    filters = Filters(reason, source, kind, since, until, limit)
-    selection = selected_or_named(name, filters, every=every)
+    filters = Filters(reason=reason, source=source, kind=kind, since=since, until=until, limit=limit)
+    selection = selection_to_change(name, filters, every=every)
     if dry_run:
         _print_plan(selection, "requeued")
         return
@@ -159,8 +159,8 @@ def failed_discard(
     from consumers.ops.failed import discard
     from consumers.ops.rejections import rejections
 
-    filters = Filters(reason, source, kind, since, until, limit)
-    selection = selected_or_named(name, filters, every=every)
+    filters = Filters(reason=reason, source=source, kind=kind, since=since, until=until, limit=limit)
+    selection = selection_to_change(name, filters, every=every)
     if dry_run:
         _print_plan(selection, "discarded")
         return
@@ -193,8 +193,8 @@ def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], int, Callab
             yield (settings.redis(), settings.queue), total, lambda done: progress(done, total)
 
 
-def _print_done(count: int, selected: int, done: str) -> None:
-    left = selected - count
+def _print_done(count: int, total: int, done: str) -> None:
+    left = total - count
     print(f"{count:,} {done}{f'; {left:,} left: queued or rejected again, or no longer rejected' if left > 0 else ''}")
 
 

@@ -1,4 +1,4 @@
-"""Options and the progress bar that several commands share."""
+"""Options, the progress bar and the name of the account, which several commands share."""
 
 from __future__ import annotations
 

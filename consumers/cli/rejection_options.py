@@ -64,7 +64,7 @@ class Filters(NamedTuple):
     limit: int | None
 
 
-def selected(filters: Filters) -> Selection:
+def selection_of(filters: Filters) -> Selection:
     """Return the selection of these options, perhaps an empty one. Raises BadParameter if a value is wrong."""
     from consumers.ops.rejections import Selection
     from producers.settings import ZoneSettings
@@ -89,14 +89,14 @@ def selected(filters: Filters) -> Selection:
     return selection
 
 
-def selected_or_named(name: str | None, filters: Filters, *, every: bool) -> Selection:
+def selection_to_change(name: str | None, filters: Filters, *, every: bool) -> Selection:
     """Return the selection of a command that changes events: `every` says that --all was given.
 
     Raises BadParameter if a value is wrong, if name, options and --all contradict each other, or if nothing was given.
     """
     from consumers.ops.rejections import Selection
 
-    selection = selected(filters)
+    selection = selection_of(filters)
     if name is None and selection.is_empty and not every:
         choices = "select some with --reason, --source, --kind, --since, --until or --limit, or all with --all"
         raise typer.BadParameter(f"give a job id or event id, {choices}", param_hint="NAME")

@@ -13,6 +13,7 @@ from consumers.cli.options import AsJson
 from consumers.cli.pinging import Ping, read_and_ping
 from consumers.embedded.stack import stack
 from consumers.ops.checks import duration, size
+from consumers.process_setup import exit_if_signal_was_lost
 from consumers.terminal import json_text, print_json, print_values, values_table
 
 _WATCH_SECONDS = 2.0
@@ -54,6 +55,7 @@ def _watch(as_json: bool) -> None:
     """Show the status every 2 s, for ever: in place on a terminal, otherwise as one block or JSON line each."""
     from consumers.ops.status import pipeline_status
 
+    exit_if_signal_was_lost()
     if as_json or not sys.stdout.isatty():
         while True:
             _print_block(pipeline_status(), as_json)

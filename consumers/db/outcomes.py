@@ -44,7 +44,7 @@ def record_outcomes(db: Connection, outcomes: Iterable[OutcomeRow]) -> None:
 
     A discarded outcome is not changed.
     """
-    by_job = {one.job_id: asdict(one) | {"event_id": one.event_id and str(one.event_id)} for one in outcomes}
+    by_job = {one.job_id: asdict(one) for one in outcomes}
     if by_job:
         db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
 

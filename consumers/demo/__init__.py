@@ -42,8 +42,8 @@ def run_demo(
     If the counts are right, call `show_page` with the path of the outbox, while servers and worker still run.
 
     Raises:
-        HistoryError: within `wait_seconds` the events of one pass were not stored, or within `lock_seconds` another
-            demo, or the worker of a killed one, did not end.
+        HistoryError: the events of a pass were not stored within `wait_seconds`; or another demo, or the worker of a
+            killed one, still had the folder's lock after `lock_seconds`.
     """
     with _locked(home, lock_seconds) as lock, embedded_stack(home):
         _start_empty(home)

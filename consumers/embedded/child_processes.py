@@ -74,7 +74,8 @@ def stop_with_stdin() -> None:
     """Send SIGTERM to this process when its standard input ends, which happens when its parent dies."""
 
     def watch() -> None:
-        # Not with sys.stdin: the interpreter cannot exit while a thread has its buffer locked. A parent writes nothing.
+        # Not with sys.stdin: the interpreter cannot exit while a thread has its buffer locked. The parent never
+        # writes, so a read returns only at the end of the pipe.
         os.read(sys.stdin.fileno(), 1)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -36,7 +36,7 @@ class FieldDifference(NamedTuple):
 def field_differences(db: Connection, differing: Sequence[tuple[Event, int]]) -> list[list[FieldDifference]]:
     """Return the differing fields of each (event, row id), in the same order.
 
-    All events must be of one kind, with decimals in signals, not floats. The list is empty if the row no longer exists.
+    All events must be of one kind, with Decimals in signals, not floats. An event without a row has no differences.
     """
     if not differing:
         return []

@@ -56,8 +56,8 @@ class _Undecided:
 class ImportBatches:
     """Decides deliveries. Calls `decided` with the job id and outcome of each one after its commit.
 
-    A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison. At most
-    `most_deferred` deliveries are kept in memory.
+    A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison. If more
+    than `most_deferred` deliveries are deferred, `insert` decides them before it continues.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.engine import get_db
 from consumers.ops.failed_jobs import FailedJobs, LostJob
-from consumers.ops.rejections import Rejection
+from consumers.ops.rejections import Rejection, text_of
 from producers.errors import HistoryError
 from producers.event_kinds import EventKind
 from producers.events import KINDS
@@ -21,7 +21,6 @@ from producers.events import KINDS
 _AT_ONCE = 500
 _TEXT_BYTES = 1024 * 1024  # texts of lost jobs that are in memory at once, or one larger text
 
-_EVENT = text("SELECT event FROM event_outcomes WHERE job_id = :job_id AND outcome = 'rejected'")
 # Rows are locked in the order in which workers insert outcomes: another order could cause deadlocks.
 # An event that was rejected again since it was chosen has another time, and perhaps a reason that nobody has chosen.
 _LOCK = text("""
@@ -95,7 +94,7 @@ def _lost_jobs(db: Connection, job_ids: Sequence[str]) -> list[LostJob]:
     """Return job function and text of the jobs whose recorded text is an event."""
     found = []
     for job_id in job_ids:
-        event = db.execute(_EVENT, {"job_id": job_id}).scalar_one() or ""
+        event = text_of(db, job_id) or ""
         kind = kind_of(event)
         if kind is not None:
             found.append(LostJob(job_id, kind.job_function, event))

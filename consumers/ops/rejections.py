@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from consumers.db.engine import get_db, long_read
 from producers.events import KINDS
@@ -200,7 +200,12 @@ def rejected_text(job_id: str) -> str | None:
         StoreUnavailable: the database cannot be read now.
     """
     with get_db() as db:
-        row = db.execute(_EVENT, {"job_id": job_id}).one_or_none()
+        return text_of(db, job_id)
+
+
+def text_of(db: Connection, job_id: str) -> str | None:
+    """Return the same as `rejected_text`, within a transaction."""
+    row = db.execute(_EVENT, {"job_id": job_id}).one_or_none()
     return None if row is None else row.event or ""
 
 

@@ -283,7 +283,7 @@ class HistoryWorker(SimpleWorker):
 
     def unsubscribe(self) -> None:
         """End the thread that listens for commands. RQ's own worker may first wait for it for a second, in vain."""
-        listening: Any = self.pubsub_thread  # RQ calls this only after the registration, which has started it
+        listening: Any = self.pubsub_thread  # set: RQ subscribes before it calls this
         listening.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
         super().unsubscribe()
 

@@ -571,7 +571,7 @@ def test_another_app_can_include_the_router(database_url: str, monkeypatch: pyte
 def test_an_unexpected_error_is_answered_without_details(
     database_url: str, monkeypatch: pytest.MonkeyPatch, url: str, failing: str
 ) -> None:
-    """It is a defect, and not a server that cannot be read."""
+    """It is a defect, and not a server that cannot be read. The server's log gets it unchanged."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("the password is s3cret")
@@ -581,6 +581,8 @@ def test_an_unexpected_error_is_answered_without_details(
         answer = client.get(url)
     _require_problem(answer, 500)
     assert "s3cret" not in answer.text
+    with TestClient(app) as client, pytest.raises(RuntimeError, match="^the password is s3cret$"):
+        client.get(url)
 
 
 def test_healthz_and_readyz_report_the_process_and_its_servers(

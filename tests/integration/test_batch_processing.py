@@ -128,11 +128,11 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
     assert acknowledgements([result]) == ({"other/1": answer} if expected[:2] == ("other/1", 7) else {})
 
 
-@pytest.mark.parametrize("missing", ["source", "sequence", "id"])
-def test_a_poison_event_without_a_source_a_number_or_an_id_is_rejected(missing: str) -> None:
-    """Nothing can show that it was stored before its workers crashed."""
+@pytest.mark.parametrize("missing", ["nothing", "source", "sequence", "id"])
+def test_a_poison_event_without_a_row_is_rejected_whatever_attributes_it_lacks(missing: str) -> None:
+    """Without a source, a number or an id, nothing can show that it was."""
     attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
-    del attributes[missing]
+    attributes.pop(missing, "")
     (result,) = decided(invalid(None, **attributes)._replace(error=PoisonEvent(3)))
     assert (result.label, result.failed) == ("poison", True)
 
@@ -159,6 +159,17 @@ def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
     assert result.label == "stored"
     with get_db() as db:
         assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
+
+
+def test_an_archive_in_another_zone_is_a_duplicate_although_its_month_differs() -> None:
+    """Its month follows the offset in which the same instant is written; it is not content."""
+    instant = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    zones = [UTC, timezone(timedelta(hours=1))]
+    archives = [an_archive(archived_at=instant.astimezone(zone)) for zone in zones]
+    assert [one.archive_month for one in archives] == ["2026-11", "2026-12"]
+    events = [event_of(archive, source="other/1", sequence=n) for n, archive in enumerate(archives)]
+    results = decided(*(Delivery(f"job-{n}", encode(event), SignalArchiveEvent) for n, event in enumerate(events)))
+    assert [one.label for one in results] == ["stored", "duplicate"]
 
 
 def test_a_batch_is_counted_with_its_duration_and_the_age_of_each_stored_event(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +269,7 @@ def test_values_that_the_table_refuses_reject_only_their_event() -> None:
 def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
     caplog: pytest.LogCaptureFixture, discarded_before: bool
 ) -> None:
-    """Its delivery stays rejected, and belongs no more in the registry of failed jobs. It is no error in the log."""
+    """Its delivery stays rejected, leaves the registry of failed jobs, and is no error in the log."""
     (first,) = decided(Delivery("job", "x", None, UNSUPPORTED))
     if discarded_before:
         with get_db() as db:
@@ -272,7 +283,16 @@ def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
         if discarded_before
         else ("ERROR", f"rejected job job: {UNSUPPORTED}")
     )
+    (alone,) = decided(Delivery("job", "x", None, UNSUPPORTED))
+    assert alone.failed is not discarded_before
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "discarded"])
+def test_a_delivery_that_is_stored_later_is_no_longer_rejected_or_discarded(outcome: str) -> None:
+    decided(Delivery("job", "x", None, UNSUPPORTED), Delivery("other", "y", None, UNSUPPORTED))
+    with get_db() as db:
+        db.exec_driver_sql(f"UPDATE event_outcomes SET outcome = '{outcome}', actor = 'alice'")
     (stored,) = decided(valid(1)._replace(job_id="job"))
     assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
 

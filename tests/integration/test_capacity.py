@@ -87,7 +87,7 @@ def test_rate_of_very_many_rows_is_measured_over_a_shorter_time() -> None:
     """At most 50,000 rows are read."""
     _insert(60_000, "120 - n * 0.001")
     measured = _measured()
-    assert measured.rate_seconds == pytest.approx(110, abs=5)
+    assert 109 < measured.rate_seconds < 140  # 110 s, and the duration of the insert
     assert measured.stored_per_second == pytest.approx(50_000 / measured.rate_seconds)
 
 

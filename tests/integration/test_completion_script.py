@@ -365,24 +365,3 @@ def test_fields_of_jobs_are_read_without_the_data_and_within_limits(redis: Redis
     assert read(keys=keys, args=[10]) == [None, fields, None, None, [[], []], fields]
     (names, values), nothing = read(keys=["few", "many"], args=[10_000])
     assert ({int(name) for name in names}, set(values), nothing) == (set(range(1000)), {b""}, None)
-
-
-def test_the_fields_of_jobs_are_read_without_their_call_and_within_limits(redis: Redis) -> None:
-    """A job is not read if it is no hash, if names and values have more bytes, or if it has more than 1,000 fields."""
-    redis.hset("small", mapping={"data": "x" * 100, "status": "queued", "at": "12"})
-    redis.hset("large", mapping={"status": "queued", "at": "123"})
-    redis.hset("only a call", "data", "x")
-    redis.set("string", "x")
-    read: Any = scripts.load(redis, "read_fields")
-    assert read(keys=["small", "large", "only a call", "string", "missing"], args=[16]) == [
-        [[b"status", b"at"], [b"queued", b"12"]],
-        None,
-        [[], []],
-        None,
-        None,
-    ]
-    redis.hset("many", mapping={str(number): "" for number in range(1000)})
-    ((names, values),) = read(keys=["many"], args=[10_000])
-    assert (len(names), len(values)) == (1000, 1000)
-    redis.hset("many", "1000", "")
-    assert read(keys=["many"], args=[10_000]) == [None]

@@ -216,11 +216,16 @@ def test_changes_that_keep_each_value_do_not_differ(chains: Chains, change: str)
     assert _differing(chains) == []
 
 
-def test_a_duplicate_in_another_zone_does_not_differ(producer: HistoryProducer, work: Work) -> None:
+@pytest.mark.parametrize(("minutes", "hours"), [(-30, (0, 1, -23)), (30, (0, -1, 23))])
+def test_a_duplicate_in_another_zone_does_not_differ(
+    producer: HistoryProducer, work: Work, minutes: int, hours: tuple[int, ...]
+) -> None:
     """Its own month is another one than that of the stored row. A month that fits no zone differs."""
-    new_year = datetime(2026, 12, 31, 23, 30, tzinfo=UTC)
-    times = [new_year.astimezone(timezone(timedelta(hours=hours))) for hours in (0, 1, -23)]
-    _deliver(producer, work, [producer.record(an_archive(archived_at=one)) for one in times])
+    instant = datetime(2027, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
+    times = [instant.astimezone(timezone(timedelta(hours=hour))) for hour in hours]
+    archives = [an_archive(archived_at=one) for one in times]
+    assert {one.archive_month for one in archives} == {"2026-12", "2027-01"}
+    _deliver(producer, work, [producer.record(archive) for archive in archives])
     chains = _chains(_outbox(producer))
     assert _differing(chains) == []
     _execute("UPDATE signal_archives SET archive_month = '2026-11'")

@@ -276,7 +276,7 @@ def test_a_job_that_others_change_all_the_time_is_not_requeued(redis: Redis, dat
 def test_a_rejected_job_that_waited_for_another_one_is_requeued_and_deleted_as_rq_does(
     redis: Redis, database_url: str
 ) -> None:
-    """RQ has more records of it. If it has left the failed registry, it is made anew from the recorded text."""
+    """RQ also keeps a list of its dependencies. A job that RQ has deleted is made anew from the recorded text."""
     queue = history_queue(redis)
     text_of_event = f'{{"type":"{SNAPSHOT_TYPE}"}}'
     for job_id in ("first", "by-rq", "anew", "discarded"):

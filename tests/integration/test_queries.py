@@ -9,13 +9,13 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 
 from consumers.db import archive_queries, portfolio_queries
 from consumers.db.archive_queries import archives, market_signals
 from consumers.db.engine import get_db
 from consumers.db.portfolio_queries import closes, snapshots
-from consumers.db.queries import Filter, Query
+from consumers.db.queries import Filter, Query, guessed_bytes
 
 BEGIN = datetime(2026, 1, 29, 23, 30, tzinfo=UTC)
 PORTFOLIOS = (None, 2, 5, 9)
@@ -236,3 +236,46 @@ def test_archives_of_a_month_are_newest_first_before_the_cursor_or_from_it_on(db
     assert (one.portfolio, json.loads(one.signals)[0]["market_id"]) == (row.portfolio, row.markets[0])
     assert archive_queries.archive(db, one.id) == one
     assert archive_queries.archive(db, 404) is None
+
+
+def test_a_search_reads_at_most_50_archives_or_about_a_mebibyte_of_them_at_a_time(db: Connection) -> None:
+    """Its memory does not grow with the number of archives. An archive that is larger than that is read alone."""
+    characters = [2_000_000] * 5 + [10] * 60 + [2_000_000, 10_000_000, 10]
+    statement = text("""
+        INSERT INTO signal_archives (id, event_id, source, archived_at, archive_month, signals_count, signals_data)
+        VALUES (:id, gen_random_uuid(), 'x', :at, '2026-02', 1,
+            jsonb_build_array(jsonb_build_object('text', repeat('x', :characters))))
+    """)
+    newest = datetime(2026, 2, 10, tzinfo=UTC)
+    for row_id, count in enumerate(characters):
+        db.execute(statement, {"id": row_id, "at": newest - timedelta(minutes=row_id), "characters": count})
+    sizes = text(f"SELECT {guessed_bytes('signals_data')} FROM signal_archives ORDER BY id")
+    expected: list[list[int]] = [[]]
+    for size in db.scalars(sizes):
+        if expected[-1] and (len(expected[-1]) == 50 or sum(expected[-1]) + size > 2**20):
+            expected.append([])
+        expected[-1].append(size)
+    read: list[list[int]] = []
+
+    def note(_db: Any, _cursor: Any, _statement: str, parameters: Any, *_: Any) -> None:
+        if "ids" in parameters:
+            read.append(parameters["ids"])
+
+    event.listen(db, "before_cursor_execute", note)
+    found = list(archive_queries.archives_with_signals(db, date(2026, 2, 1), (newest, 0), 1000))
+    assert [one.id for one in found] == [*range(len(characters))]
+    assert [len(ids) for ids in read] == [len(sizes) for sizes in expected]
+    assert 50 in map(len, read)
+    assert [len(characters) - 2] in read
+
+
+def test_the_exact_statement_gives_the_document_as_text_with_every_digit(db: Connection) -> None:
+    """As a number it would lose digits."""
+    row = insert_archives(db, 1)[0]
+    number = "0.12345678901234567890123"
+    db.execute(text(f"""UPDATE signal_archives SET signals_data = '[{{"market_id": "7", "price": {number}}}]'"""))
+    for query, name in ((archives(Filter()), "signals_data"), (market_signals("7", Filter()), "signal")):
+        (found,) = db.execute(query.exact_statement(), dict(query.values)).mappings()
+        assert isinstance(found[name], str)
+        assert number in found[name]
+        assert found["archived_at"] == row.at

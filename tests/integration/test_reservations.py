@@ -432,6 +432,15 @@ def test_a_job_that_stays_in_the_intermediate_list_returns_to_the_front(
     assert dead.requeue() == []
 
 
+def test_a_job_that_left_its_list_since_it_was_read_is_not_requeued(redis: Redis) -> None:
+    """Another worker has requeued it, or its own worker lives and has finished it."""
+    redis.hset("rq:job:a", "status", "finished")
+    intermediate, started = scripts.load(redis, "requeue_intermediate"), scripts.load(redis, "requeue_started")
+    assert intermediate(keys=[f"{QUEUE}:intermediate", QUEUE], args=["a"]) == 0
+    assert started(keys=["rq:wip:history", QUEUE, "rq:job:a"], args=["a:1", "a"]) == 0
+    assert (listed(redis), redis.hget("rq:job:a", "status")) == ([], b"finished")
+
+
 def test_an_expired_job_of_a_stock_worker_is_queued_again_at_the_front(redis: Redis) -> None:
     """A registered job whose key is no hash is only removed from the registry."""
     enqueue(redis, "later")

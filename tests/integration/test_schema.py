@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from consumers.db.engine import create_store_engine, engine, get_db
 from consumers.db.inserts import insert_event
 from consumers.db.schema import apply_schema, schema_sql
+from consumers.db.withdrawals import withdraw
 from consumers.errors import OldSchema, StoreUnavailable
 from consumers.operations import get_portfolio_history
 from producers.errors import InvalidEvent, SettingsError
@@ -373,7 +374,7 @@ def test_value_errors_of_other_statements_are_store_unavailable(database_url: st
 
 
 def test_insert_needs_the_schema_version_of_the_program_or_a_newer_one(database_url: str) -> None:
-    """It checks once per connection."""
+    """It checks once per connection. So does a withdrawal."""
     event = event_of(a_snapshot(), source="other/1", sequence=1)
     insert_event(event)
     _execute("COMMENT ON TABLE event_outcomes IS 'as it was'")
@@ -381,6 +382,8 @@ def test_insert_needs_the_schema_version_of_the_program_or_a_newer_one(database_
     with pytest.raises(StoreUnavailable, match="version 1, needed is 3.*run trading-history init-db") as caught:
         insert_event(event)
     assert not caught.value.one_statement
+    with pytest.raises(StoreUnavailable, match="version 1, needed is 3"), get_db() as db:
+        withdraw(db, event.id, "why", "alice")
     apply_schema(engine())
     insert_event(event)
     _execute("COMMENT ON TABLE event_outcomes IS 'schema version 10'")

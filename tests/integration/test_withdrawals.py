@@ -22,7 +22,7 @@ from sqlalchemy import Connection, make_url, text
 
 from consumers.db import engine as db_engine
 from consumers.db.engine import engine, get_db
-from consumers.db.inserts import Stored, insert_event, insert_events
+from consumers.db.inserts import Stored, find_row, insert_event, insert_events
 from consumers.db.withdrawals import Withdrawal, withdraw
 from consumers.errors import EventConflict, EventWithdrawn, PoisonEvent, WithdrawalRefused
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot, insert_signal_archive
@@ -254,7 +254,25 @@ def test_a_poison_event_whose_row_was_withdrawn_is_not_recorded_twice(database_u
     ((result,),) = process_batch([_delivery(event)._replace(error=PoisonEvent(3))])
     assert isinstance(result, Result)
     assert (result.outcome.kind, str(result.outcome.reason)[:11]) == ("rejected", "withdrawn: ")
-    assert list(rejections()) == []
+    assert (result.failed, list(rejections())) == (False, [])
+
+
+def test_a_row_or_its_withdrawal_is_found_by_source_number_and_event_together(database_url: str) -> None:
+    """Copies of an outbox use one number for several events, and one event may come from several sources."""
+    event, other = _event(a_snapshot(), 7), a_snapshot(after=timedelta(hours=1)).event_id
+    row_id = insert_event(event)
+    others = [("copy/77", 7, event.id), (_SOURCE, 8, event.id), (_SOURCE, 7, other)]
+
+    def found() -> list[Any]:
+        with get_db() as db:
+            return [find_row(db, *delivery) for delivery in ((_SOURCE, 7, event.id), *others)]
+
+    assert found() == [row_id, None, None, None]
+    _withdraw(event.id)
+    insert_event(_event(a_snapshot(balance=5), 7))
+    _withdraw(event.id, "the copy was wrong too")
+    own, *rest = found()
+    assert (type(own), own.own, rest) == (EventWithdrawn, True, [None] * 3)
 
 
 @pytest.fixture
@@ -457,7 +475,15 @@ def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
         _withdraw(wrong.id, reason)
     with pytest.raises(WithdrawalRefused, match="it was already withdrawn by alice at .*: the third$"):
         _withdraw(wrong.id)
+    other = a_snapshot(after=timedelta(hours=1)).event_id
+    with pytest.raises(WithdrawalRefused, match=f"event id {other}: see trading-history history --json"):
+        _withdraw(other)
     _execute("DELETE FROM withdrawals")
+    _execute(
+        "INSERT INTO event_outcomes (job_id, event_id, outcome, reason, created_at) SELECT n, event_id, outcome,"
+        " 'older', created_at - interval '1 hour' FROM event_outcomes, unnest(ARRAY['0', 'z']) AS n"
+    )
+    _execute("UPDATE event_outcomes SET created_at = now() WHERE reason <> 'older'")  # its row is now the last one
     with pytest.raises(WithdrawalRefused, match="it was rejected: event .* with other content; .*failed show"):
         _withdraw(wrong.id)
     _execute("UPDATE event_outcomes SET outcome = 'discarded'")

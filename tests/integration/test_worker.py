@@ -194,20 +194,27 @@ def test_a_batch_can_have_the_same_event_and_the_same_job_twice(redis: Redis) ->
 
 
 def test_two_workers_with_the_same_events_in_opposite_order_do_not_deadlock(redis: Redis) -> None:
-    """Rows are inserted in sorted order, so there is no deadlock, and each event is one row."""
+    """Rows are inserted in sorted order, so there is no deadlock, and each event is one row.
+
+    The trigger waits before the first and the last row, so that each worker has its first one before it needs the
+    other's. PostgreSQL plans a small batch in such a way that its rows are in the same order anyway.
+    """
+    with get_db() as db:
+        db.exec_driver_sql(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN IF NEW.sequence IN (0, 499) THEN PERFORM pg_sleep(0.4); END IF; RETURN NEW; END $$;"
+            " CREATE TRIGGER slow BEFORE INSERT ON portfolio_history FOR EACH ROW EXECUTE FUNCTION slow()"
+        )
     events = [event_of(a_snapshot(after=timedelta(n)), source="other/1", sequence=n) for n in range(500)]
-    engine().dispose()
     barrier = threading.Barrier(2)
 
     def insert(chosen: list[Any]) -> None:
-        for start in range(0, 500, 100):
+        with get_db() as db:
             barrier.wait(10)
-            with get_db() as db:
-                insert_events(db, chosen[start : start + 100])
+            insert_events(db, chosen)
 
-    halves = [events, [event for at in range(0, 500, 100) for event in reversed(events[at : at + 100])]]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(insert, halves))
+        list(pool.map(insert, [events, events[::-1]]))
     assert len(get_portfolio_history()) == 500
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from consumers.cli import app
 from consumers.operations import get_portfolio_history
 from tests.deliveries import enqueue_snapshots, history_queue
-from tests.ports import free_ports
+from tests.ports import first_of_free_ports
 from tests.rq_programs import ignoring, registered_workers, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -47,7 +47,7 @@ def test_dead_worker_is_restarted_and_all_share_the_work(redis: Redis, tmp_path:
     """Each worker stores a part of a long queue, and serves metrics at its own port, which it keeps. SIGTERM ends
     all of them with status 0.
     """
-    first_port = free_ports(2)
+    first_port = first_of_free_ports(2)
     with _pool(tmp_path / "log", 2, "--metrics-port", str(first_port)) as pool:
         until(lambda: len(registered_workers(redis)) == 2)
         victim, survivor = registered_workers(redis)

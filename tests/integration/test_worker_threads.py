@@ -239,7 +239,7 @@ def test_a_worker_registers_again_while_a_thread_writes_a_heartbeat(
         until(lambda: redis.scard("rq:workers") == 1)
         until(lambda: redis.hget(worker.key, "state") == b"idle")
         assert redis.hexists(worker.key, "death") is False
-    assert len(get_portfolio_history()) == 1
+        until(lambda: len(get_portfolio_history()) == 1)
 
 
 def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.mutants.explanations import obsolete, read_explanations
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, line_text
 from tests.mutants.running import Result, mutants_of, run_target
 from tests.mutants.targets import TARGETS
 from tests.mutants.tree import ROOT
@@ -72,8 +72,7 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
 
 
 def _key_of(mutant: Mutant) -> tuple[str, str, str]:
-    line = (ROOT / mutant.path).read_text("utf-8").split("\n")[mutant.line - 1]
-    return mutant.path, line.strip(), mutant.change
+    return mutant.path, line_text((ROOT / mutant.path).read_text("utf-8"), mutant.line), mutant.change
 
 
 _EXPLANATIONS = read_explanations()

@@ -3,9 +3,12 @@
 Each file is named after a target, and has tables like this one:
 
     [["producers/relay.py"]]
-    line = "_BUSY_ENTRIES = 3"          # the unchanged line, without its indentation
-    change = "any"                      # the change, a list of changes, or "any" for all changes of the line
-    reason = "a tuning value: no promise depends on it"
+    line = "_BUSY_ENTRIES = 3"
+    change = "any"
+    reason = "tuning: no promise depends on it"
+
+`line` is the unchanged line without its indentation; "return (2)" is the second line `return` of the file. `change` is
+the change, or "any" for all changes of the line. Both may be lists.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from tests.mutants.running import Result
 
 FOLDER = Path(__file__).parent / "survivors"
 Key = tuple[str, str, str]
-"""Path, text of the unchanged line without its indentation, and change of a mutant."""
+"""Path, text of the unchanged line as `line_text` returns it, and change of a mutant."""
 
 _ANY = "any"
 
@@ -29,7 +32,7 @@ class Explanation:
     """Why a surviving mutant needs no test.
 
     Attributes:
-        line: The unchanged line's text, without its indentation.
+        line: The unchanged line, as `line_text` returns it.
         change: The change, or `any` for all changes of the line.
     """
 
@@ -45,14 +48,19 @@ class Explanation:
 
 
 def read_explanations(folder: Path = FOLDER) -> list[Explanation]:
-    """Return the explanations of all files: one for each change of a list."""
+    """Return the explanations of all files: one for each line and change of a table."""
     return [
-        Explanation(path, entry["line"], change, entry["reason"])
+        Explanation(path, line, change, entry["reason"])
         for file in sorted(folder.glob("*.toml"))
         for path, entries in tomllib.loads(file.read_text("utf-8")).items()
         for entry in entries
-        for change in ([entry["change"]] if isinstance(entry["change"], str) else entry["change"])
+        for line in _as_list(entry["line"])
+        for change in _as_list(entry["change"])
     ]
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def obsolete(

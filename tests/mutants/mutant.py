@@ -18,3 +18,10 @@ class Mutant:
     line: int
     change: str
     text: str
+
+
+def line_text(text: str, number: int) -> str:
+    """Return a line of a file without its indentation. Equal lines of the file are numbered: `return (2)`."""
+    lines = [one.strip() for one in text.split("\n")[:number]]
+    count = lines.count(lines[-1])
+    return lines[-1] if count == 1 else f"{lines[-1]} ({count})"

@@ -20,7 +20,7 @@ from typing import Literal
 import pytest
 
 from tests.mutants.child_run import run_pytest
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, line_text
 from tests.mutants.servers import Servers, running_servers
 from tests.mutants.targets import Target
 from tests.mutants.tree import copy_tree, mutated
@@ -40,7 +40,7 @@ class Result:
     Attributes:
         verdict: `killed`: a test failed. `timeout`: a test took too long, which counts as killed. `survived`: all tests
             that execute the line passed. `not reached`: no test executes the line. `broken`: Python cannot compile it.
-        line_text: The unchanged line, without its indentation.
+        line_text: The unchanged line, as `line_text` returns it.
         test: The test that failed.
     """
 
@@ -111,7 +111,7 @@ class Runner:
             verdict, test = "not reached", None
         else:
             verdict, test = self._verdict(mutant, tests)
-        return Result(mutant, verdict, text.split("\n")[mutant.line - 1].strip(), time.monotonic() - start, test)
+        return Result(mutant, verdict, line_text(text, mutant.line), time.monotonic() - start, test)
 
     def _most_seconds(self, test: str) -> float:
         return self._target.test_seconds + 5 * self._unmutated.seconds.get(test, 1.0)

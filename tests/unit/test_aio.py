@@ -117,14 +117,15 @@ def test_a_wait_ends_when_a_worker_stores_the_event_later(trading_history: FakeH
 
 
 def test_no_task_is_left_when_the_last_wait_has_ended(trading_history: FakeHistory) -> None:
-    """A later wait starts another one."""
+    """The next wait starts a new task."""
 
     async def cycle(balance: int) -> int:
         receipt = await create_daily_portfolio_snapshot({"balance": balance})
         trading_history.work()
         row_id = await receipt.stored(5)
-        while len(asyncio.all_tasks()) > 1:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) > 1:
+                await asyncio.sleep(0.001)
         return row_id
 
     async def cycles() -> list[int]:

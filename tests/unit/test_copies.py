@@ -6,10 +6,11 @@ import itertools
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -285,7 +286,7 @@ def test_a_relay_that_crashes_while_it_exchanges_the_token_is_not_taken_for_a_co
 
     assert last.record(a_snapshot()) == source
     identity = last.outbox.header.read()
-    assert (identity.token.encode(), identity.next_tokens) == (redis.get(token_key(source)), "")
+    assert (identity.token.encode(), identity.next_tokens) == (redis.get(token_key(source)), ())
 
 
 @pytest.mark.parametrize("crash", ["between", "after"])
@@ -415,8 +416,8 @@ def test_a_relay_whose_exchange_fails_at_every_try_exchanges_the_token_at_its_ne
     guard = copies.CopyGuard(one.outbox, redis)
     begin_exchange = one.outbox.header.begin_exchange
 
-    def meanwhile(token: str) -> None:
-        begin_exchange(token)
+    def meanwhile(found: Collection[str], token: str) -> None:
+        begin_exchange(found, token)
         redis.set(token_key(source), before or "")  # has no effect, but the transaction fails
 
     monkeypatch.setattr(one.outbox.header, "begin_exchange", meanwhile)
@@ -426,6 +427,75 @@ def test_a_relay_whose_exchange_fails_at_every_try_exchanges_the_token_at_its_ne
     guard.check()
     assert redis.get(token_key(source)) == one.outbox.header.read().token.encode() != before
     assert one.record(a_snapshot()) == source
+
+
+def test_a_relay_that_takes_its_lock_again_replaces_the_token_again(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """Another relay may have relayed a copy of the outbox meanwhile."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    guard, tokens = copies.CopyGuard(one.outbox, redis), []
+    for begins in (True, False, True):
+        if begins:
+            guard.begin()
+        guard.check()
+        tokens.append(redis.get(token_key(source)))
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert tokens[2] == one.outbox.header.read().token.encode()
+
+
+def test_the_token_is_compared_every_five_seconds(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Redis has lost it meanwhile, it gets it back then."""
+    clock = [1000.0]
+    monkeypatch.setattr(copies, "_CHECK_SECONDS", 5.0)
+    monkeypatch.setattr(copies, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    one = bot("a")
+    source = one.record(a_snapshot())
+    guard = copies.CopyGuard(one.outbox, redis)
+    guard.check()
+    for begin in (1000.0, 1005.0):
+        redis.flushall()
+        for moment, is_compared in ((begin + 0.1, False), (begin + 4.9, False), (begin + 5.0, True)):
+            clock[0] = moment
+            guard.check()
+            assert redis.exists(token_key(source)) == is_compared
+
+
+def test_sources_that_another_process_has_replaced_meanwhile_are_not_logged_again(
+    bot: Callable[[str], Bot],
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two processes use the copy."""
+    original = bot("a")
+    original.record(a_snapshot())
+    _sweep(original)
+    original.close()
+    _copy(original, "b")
+    _sweep(bot("a"))
+    copy, other = bot("b"), bot("b")
+    replace_sources = copy.outbox.header.replace_sources
+
+    def after_the_other_one() -> list[str]:
+        monkeypatch.undo()
+        other.relay.sweep()
+        return replace_sources()
+
+    monkeypatch.setattr(copy.outbox.header, "replace_sources", after_the_other_one)
+    copies.CopyGuard(copy.outbox, redis).check()
+    assert len([record for record in caplog.records if "was copied or restored" in record.getMessage()]) == 1
+    assert [source.left_because for source in copy.outbox.sources()] == ["copied"]
+
+
+def test_an_outbox_without_events_has_no_token_in_redis(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
+    """It has no source yet."""
+    one = bot("a")
+    _sweep(one, one)
+    assert redis.keys() == []
 
 
 def test_a_token_that_changes_at_every_try_is_exchanged_at_a_later_sweep(
@@ -558,8 +628,8 @@ def test_two_relays_that_exchange_the_token_at_the_same_moment_are_not_taken_for
     def announced(outbox: Outbox, then: Callable[[], None]) -> None:
         begin_exchange = outbox.header.begin_exchange
 
-        def begun(token: str) -> None:
-            begin_exchange(token)
+        def begun(found: Collection[str], token: str) -> None:
+            begin_exchange(found, token)
             then()
 
         monkeypatch.setattr(outbox.header, "begin_exchange", begun)
@@ -581,7 +651,7 @@ def test_two_relays_that_exchange_the_token_at_the_same_moment_are_not_taken_for
     assert not exchange.is_alive()
     assert second.append(NAME, [a_snapshot()])[0].source == source
     header = second.header.read()
-    assert (header.token.encode(), header.next_tokens) == (redis.get(token_key(source)), "")
+    assert (header.token.encode(), header.next_tokens) == (redis.get(token_key(source)), ())
 
 
 def test_a_token_is_forgotten_when_an_exchange_that_began_later_has_ended(tmp_path: Path) -> None:
@@ -589,16 +659,35 @@ def test_a_token_is_forgotten_when_an_exchange_that_began_later_has_ended(tmp_pa
     with Outbox(tmp_path / "outbox.db") as outbox:
         header, token = outbox.header, outbox.header.read().token
         for one in ("a", "b", "c", "b"):
-            header.begin_exchange(one)
+            header.begin_exchange({token}, one)
         assert header.read().tokens == {token, "a", "b", "c"}
         header.end_exchange("c")
-        assert (header.read().token, header.read().next_tokens) == ("c", "b")
+        assert (header.read().token, header.read().next_tokens) == ("c", ("b",))
         header.end_exchange("a")
         assert header.read().tokens == {"c", "b"}
 
 
-def test_exchanges_that_never_end_keep_the_newest_twenty_tokens(tmp_path: Path) -> None:
+def test_exchanges_that_never_end_keep_the_newest_twenty_tokens_and_those_in_redis(tmp_path: Path) -> None:
     with Outbox(tmp_path / "outbox.db") as outbox:
         for number in range(25):
-            outbox.header.begin_exchange(str(number))
-        assert outbox.header.read().next_tokens.split() == [str(number) for number in range(5, 25)]
+            outbox.header.begin_exchange({"3"}, str(number))
+        assert outbox.header.read().next_tokens == ("3", *(str(number) for number in range(5, 25)))
+
+
+def test_an_exchange_without_an_answer_before_many_that_fail_is_not_taken_for_one_of_a_copy(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has its token. Then Redis is full or read-only for a while."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    with monkeypatch.context() as patch:
+        patch.setattr(one.outbox.header, "end_exchange", _crash)
+        with suppress(Crash):
+            one.relay.sweep()
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "_set_tokens", _crash)
+        for _ in range(30):
+            with suppress(Crash):
+                copies.CopyGuard(one.outbox, redis).check()
+    copies.CopyGuard(one.outbox, redis).check()
+    assert one.record(a_snapshot()) == source

@@ -699,12 +699,12 @@ def test_a_message_shortens_a_long_name_and_keeps_the_reason(
 
 def test_a_message_shows_60_characters_of_a_key_and_200_of_a_path() -> None:
     """The rest is replaced by an ellipsis."""
-    long, longest, value = "k" * 61, "k" * 60, float("nan")
+    too_long, longest, value = "k" * 61, "k" * 60, float("nan")
     text = _changed(SNAPSHOT_TEXT, f"data.{'k' * 200}", 1)
     for call, path in [
         (lambda: decode(text, PortfolioSnapshotEvent), f"data.{'k' * 194}…"),
         (lambda: an_archive(signals=[{longest: value}]), f"signals.0.{longest}"),
-        (lambda: an_archive(signals=[{long: value}]), f"signals.0.{'k' * 59}…"),
+        (lambda: an_archive(signals=[{too_long: value}]), f"signals.0.{'k' * 59}…"),
         (
             lambda: an_archive(signals=[{longest: {longest: {longest: {"k" * 15: value}}}}]),
             f"signals.0.{f'{longest}.' * 3}{'k' * 15}",
@@ -772,7 +772,7 @@ def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str,
 
 
 def test_the_message_says_how_to_make_a_date_of_a_datetime() -> None:
-    """It says nothing about a value that has no date."""
+    """Of another type, it only has the name."""
     values = {INSTANT: "datetime.datetime: pass its .date()", "2026-11-22": "str", 20261122: "int"}
     for value, rest in values.items():
         error = _error_of(lambda value=value: a_snapshot(snapshot_date=value))  # type: ignore[misc]  # called in the same iteration

@@ -173,8 +173,8 @@ def test_json_lines_and_an_array_in_an_object_are_read(
     assert _read_bytes(tmp_path, content) == (entries, None)
 
 
-def test_a_number_before_the_array_of_an_object_is_complete_where_a_block_ends(tmp_path: Path) -> None:
-    """The rest of the number, and the array, are in the next block."""
+def test_a_number_that_continues_in_the_next_block_is_read_whole(tmp_path: Path) -> None:
+    """It is in an object, before the array of entries."""
     before = b'{"text": "%s", "count": 12'
     before %= b"x" * (json_arrays._BLOCK_BYTES - len(before % b""))
     assert _read_bytes(tmp_path, before + b'345, "history": [{"a": 1}]}') == ([{"a": 1}], None)

@@ -14,7 +14,7 @@ import pytest
 from tests.documents import block
 from tests.mutants.__main__ import parsed
 from tests.mutants.explanations import Explanation, obsolete, read_explanations
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, line_text
 from tests.mutants.python_mutants import python_mutants
 from tests.mutants.running import Result, files_of
 from tests.mutants.targets import TARGETS
@@ -69,6 +69,12 @@ def test_a_mutant_differs_from_the_source_in_its_change_only() -> None:
     assert texts["+ becomes -"] == _EXAMPLE.replace("\"ö\"] + 'ö'", "\"ö\"] - 'ö'")
     assert texts["removed self.failures += 1"] == _EXAMPLE.replace("self.failures += 1", "pass")
     assert texts["<= becomes <"] == _EXAMPLE.replace("<=", "<")
+
+
+def test_equal_lines_of_a_file_are_numbered() -> None:
+    """So an explanation is for one of them only."""
+    text = "if a:\n    return\nif b:\n        return\n"
+    assert [line_text(text, number) for number in range(1, 5)] == ["if a:", "return", "if b:", "return (2)"]
 
 
 def test_equal_changes_of_a_line_are_numbered() -> None:
@@ -176,8 +182,7 @@ def test_each_explanation_has_a_reason_and_names_a_mutant_of_a_target() -> None:
     for target in TARGETS.values():
         for path in files_of(target, ROOT):
             text = (ROOT / path).read_text("utf-8")
-            lines = text.split("\n")
-            keys |= {(path, lines[one.line - 1].strip(), one.change) for one in target.mutants_of(path, text)}
+            keys |= {(path, line_text(text, one.line), one.change) for one in target.mutants_of(path, text)}
     assert [one for one in read_explanations() if not one.reason or not any(map(one.matches, keys))] == []
 
 

@@ -171,6 +171,7 @@ def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None
     again = _settle(outbox, (accepted, REJECTED), (unknown, STORED))
 
     assert again == SettledKeys([], [1])
+    assert _settle(outbox, (accepted, Outcome("duplicate", row_id=8))) == SettledKeys([], [1])
     assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
     assert outbox.status().stored == 1
 
@@ -202,6 +203,7 @@ def test_a_rejected_entry_that_is_requeued_and_stored_becomes_stored(path: Path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     _settle(outbox, (accepted, REJECTED))
     assert outbox.status_of(accepted) == EntryStatus("rejected", None, "no")
+    assert (outbox.status().stored, outbox.status().rejected) == (0, 1)
     assert (outbox.deliveries.awaiting("sent"), outbox.deliveries.awaiting("rejected")) == (
         [],
         [(accepted.source_id, NAME, 0)],
@@ -249,6 +251,13 @@ def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> No
     assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2]
     assert (outbox.pending_count(until), outbox.pending_count()) == (0, 1)
     assert (outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 5)
+
+
+def test_the_last_position_of_an_empty_outbox_is_before_its_first_entry(path: Path) -> None:
+    outbox = Outbox(path)
+    until = outbox.last_position()
+    outbox.append(NAME, [a_snapshot()])
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (0, 0)
 
 
 def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries(path: Path) -> None:
@@ -469,7 +478,7 @@ def test_appending_waits_for_the_disk_and_changing_a_state_does_not(
     assert modes_of("INSERT OR REPLACE INTO outcomes") == [("wal", 1)]
 
 
-def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_appends_and_exchanges_of_tokens_wait_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the relay's work nor the start after the machine was started. The exchange of a token waits."""
     opened: list[list[str]] = []
     connect = sqlite3.connect
@@ -501,9 +510,9 @@ def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest
     monkeypatch.setattr(outbox_clock, "boot_id", lambda: "after the start of the machine")
     Outbox(path, repair=True).close()
     assert written_durably() == appended
-    outbox.header.begin_exchange("next")
+    outbox.header.begin_exchange((), "next")
     outbox.header.end_exchange("next")
-    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET next_tokens"]
+    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET token"]
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
@@ -608,14 +617,16 @@ def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Pat
     _settle(outbox, *((one, STORED) for one in settled[:10]))
     assert outbox.deliveries.prune(keep_seconds=60) == 0
 
-    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 600_000)])])
+    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 350_000)])])
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+    large += outbox.append(NAME, [an_archive(after=timedelta(1), signals=[a_signal(reason="x" * 250_000)])])
     assert outbox.deliveries.prune(keep_seconds=60) == 10
     status = outbox.status()
-    assert (status.pending, status.sent, status.stored) == (1, 10, 0)
+    assert (status.pending, status.sent, status.stored) == (2, 10, 0)
 
-    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1)})
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
     _settle(outbox, *((one, STORED) for one in large))
-    assert outbox.deliveries.prune(keep_seconds=60) == 1
+    assert outbox.deliveries.prune(keep_seconds=60) == 2
     _settle(outbox, (settled[10], STORED))
     assert outbox.deliveries.prune(keep_seconds=60) == 0
 
@@ -729,6 +740,24 @@ def test_other_processes_can_append_during_a_resend(path: Path, monkeypatch: pyt
     assert outbox.resend(since=0) == 5
     assert pending == [2, 5]
     assert outbox.pending_count() == 7
+
+
+def test_a_resend_continues_in_a_file_that_replaces_the_outbox(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its positions begin again. The pages that follow have all settled entries of this file."""
+    outbox = Outbox(path)
+    _stored(outbox, 5)
+    with Outbox(path.with_name("other.db")) as other:
+        there = _stored(other, 3)
+    monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
+
+    def replaced(_: float) -> None:
+        if other.path.exists():
+            other.path.replace(path)
+            outbox.status()
+
+    monkeypatch.setattr(time, "sleep", replaced)
+    assert outbox.resend(since=0) == 2 + 3
+    assert {outbox.status_of(one).state for one in there} == {"pending"}
 
 
 def test_an_interrupted_resend_can_be_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -867,20 +896,17 @@ def test_the_audit_reads_all_entries_of_a_source_in_the_order_of_their_numbers(
     accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
     outbox.append("other", [a_snapshot()])
     with closing(sqlite3.connect(path)) as db, db:
-        columns = "recorder, recorded_at, event_id, type, summary, event"
-        insert = (
-            "INSERT INTO entries (source_id, sequence, nonce, {0}) SELECT source_id, ?, ?, {0} FROM entries LIMIT 1"
-        )
-        db.executemany(insert.format(columns), [(0, "f" * 16), (2, "f" * 16)])
+        db.execute("CREATE TEMP TABLE one AS SELECT * FROM entries WHERE position = 2")
+        db.execute("UPDATE one SET position = NULL, nonce = 'a copy'")
+        db.execute("INSERT INTO entries SELECT * FROM one")
     _settle(outbox, (accepted[0], STORED), (accepted[4], REJECTED))
-    for page_entries in (1, 2, 7, 8):
+    for page_entries in (1, 2, 6, 7):
         monkeypatch.setattr(outbox_module, "_AUDITED_ENTRIES", page_entries)
         pages = list(outbox.audit_pages(accepted[0].source_id))
         assert max(map(len, pages)) <= page_entries
         found = [entry for page in pages for entry in page]
         assert [(entry.sequence, entry.state) for entry in found] == [
-            (0, "pending"), (1, "stored"), (2, "pending"), (2, "pending"), (3, "pending"), (4, "pending"),
-            (5, "rejected"),
+            (1, "stored"), (2, "pending"), (2, "pending"), (3, "pending"), (4, "pending"), (5, "rejected"),
         ]  # fmt: skip
         assert {entry.event_id for entry in found} == {one.event_id for one in accepted}
     assert list(outbox.audit_pages("0" * 32)) == []

@@ -107,7 +107,10 @@ def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
     there = 2 if remove is _replace_by_another else 0
     assert found[there:] == _job_ids([*before, *after])
     assert [outbox.status_of(one).state for one in (*before, *after)] == ["sent", *["pending"] * 4]
-    assert [one.job_id for one in outbox.deliveries.overdue(10)] == [sent.job_id]  # is its job still in Redis?
+    (overdue,) = outbox.deliveries.overdue(10)
+    assert overdue.job_id == sent.job_id  # is its job still in Redis?
+    outbox.deliveries.postpone({overdue.position: 100.0})
+    assert outbox.deliveries.overdue(10) == []
     assert outbox.generation == 1
     (record,) = caplog.records
     assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use. Continuing")
@@ -401,6 +404,7 @@ def test_a_replaced_file_is_opened_without_the_log_of_the_earlier_file(path: Pat
         assert mine.poll(20)
         expected += mine.recv()
         expected += _job_ids(_append(outbox, 3, after=400))
+        assert [file.stat().st_size for file in outbox.quarantine.damaged_files()] == [0]  # beside the earlier log
     process.join(20)
 
     assert set(expected) <= set(_at_path(path))
@@ -408,8 +412,9 @@ def test_a_replaced_file_is_opened_without_the_log_of_the_earlier_file(path: Pat
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.parametrize("has_index", [True, False])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_file_that_replaced_the_outbox_of_a_killed_process_does_not_use_its_log(path: Path) -> None:
+def test_a_file_that_replaced_the_outbox_of_a_killed_process_does_not_use_its_log(path: Path, has_index: bool) -> None:
     """The entries in the log are salvaged; the new file is unchanged."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
@@ -419,6 +424,8 @@ def test_a_file_that_replaced_the_outbox_of_a_killed_process_does_not_use_its_lo
     process.kill()
     process.join(20)
     assert path.with_name("outbox.db-wal").stat().st_size > 0
+    if not has_index:
+        path.with_name("outbox.db-shm").unlink()
     _replace_by_another(path)
     with Outbox(path, repair=True) as outbox:
         assert len(outbox.entries()) == 2
@@ -698,6 +705,27 @@ def test_a_quick_check_ends_in_time_as_unfinished(path: Path, monkeypatch: pytes
     monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
     assert outbox.quick_check(-1) == "unfinished"
     assert [one.sequence for one in _append(outbox)] == [21]
+    assert outbox.status().pending == 21
+
+
+def test_a_check_takes_at_most_the_given_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its parts together. Here each instruction of SQLite takes a millisecond."""
+    outbox = Outbox(path)
+    _append(outbox, 50)
+    moments = (n / 1000 for n in itertools.count())
+    monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    assert outbox.quick_check(0.3) == "unfinished"
+    assert 0.29 < next(moments) < 0.31
+
+
+def test_an_error_of_a_check_is_not_taken_for_the_end_of_its_time(path: Path) -> None:
+    """For example, somebody has removed an index."""
+    outbox = Outbox(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP INDEX outcomes_by_age")
+    with pytest.raises(OutboxError, match="no such index: outcomes_by_age"):
+        outbox.quick_check(60)
 
 
 def test_the_size_limit_is_valid_for_a_file_that_replaced_another_one(path: Path) -> None:
@@ -786,6 +814,7 @@ def test_a_file_with_two_names_is_copied_although_its_log_grows_but_not_while_it
         if grows:
             with Outbox(path, repair=True) as other:
                 assert [entry.job_id for entry in other.entries()] == _job_ids(accepted)
+            assert next(times) >= 1_000_000_000 + 3 * 2  # it was tried again
         else:
             with pytest.raises(OutboxError, match="another process keeps writing to it under that name"):
                 Outbox(path, repair=True)
@@ -801,10 +830,15 @@ def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) 
 
 @pytest.mark.parametrize("table", ["batches", "retries", "outcomes"])
 def test_entries_whose_state_is_lost_are_reported_and_sent_again(
-    path: Path, redis: fakeredis.FakeRedis, table: str, caplog: pytest.LogCaptureFixture
+    path: Path,
+    redis: fakeredis.FakeRedis,
+    table: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A power failure may lose the write of one page, with the rows of several entries. They were sent, and are known
     to no table then. The relay sends them again."""
+    monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)  # a check of this small file would end before its deadline
     with Outbox(path) as outbox:
         accepted = _append(outbox, 4)
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(3)})

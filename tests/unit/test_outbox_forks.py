@@ -1,4 +1,4 @@
-"""A fork closes the connections of every outbox; parent and child, and all their threads, go on with new ones."""
+"""A fork closes the connections of every outbox; parent and child, and all their threads, continue with new ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _append(outbox: Outbox, after: int = 0) -> int:
 
 
 def _in_threads(*functions: Callable[[], int]) -> list[int]:
-    """Run each function in a thread of its own, and return their results. A thread that does not end has none."""
+    """Run each function in a thread, and return the results of the threads that end."""
     results: dict[int, int] = {}
     threads = [
         threading.Thread(target=lambda n=n, one=one: results.update({n: one()}), daemon=True)

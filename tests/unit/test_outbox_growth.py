@@ -84,8 +84,30 @@ def test_growth_is_not_known_if_recently_settled_entries_may_have_been_deleted(o
     assert _grown(outbox) is None
     _execute(path, "UPDATE outcomes SET settled_at = settled_at - 1000 WHERE position = 3")
     assert _grown(outbox) == (8 - 2, 8)
+    _execute(path, "UPDATE outcomes SET row_id = NULL, reason = 'no'")
+    assert _grown(outbox) == (8 - 2, 8)
     _execute(path, "DELETE FROM outcomes")
     assert _grown(outbox) is None
+
+
+def test_growth_excludes_the_start_of_its_period_and_includes_the_end(outbox: Outbox, path: Path) -> None:
+    """Entries are deleted in the order in which they were settled."""
+    _record(outbox, 4)
+    _execute(path, "UPDATE entries SET recorded_at = 1000.0 + position")
+    _settle(path, 1, 2, 3.0)  # at 1001
+    _execute(path, "DELETE FROM entries WHERE position = 1", "DELETE FROM outcomes WHERE position = 1")
+    with outbox._file.snapshot() as db:
+        growth = outbox_counts.growth(db, 1004.0, 3.0)
+    assert growth is not None
+    assert (growth.entries, growth.kept, growth.seconds) == (3, 3, 3.0)
+
+
+def test_the_growth_of_one_entry_counts_from_this_entry(outbox: Outbox, path: Path) -> None:
+    _record(outbox, 1)
+    make_older(path, 20)
+    growth = outbox.growth(GROWTH_SECONDS)
+    assert growth is not None
+    assert 20 <= growth.seconds < 50
 
 
 def test_entries_of_a_clock_that_was_ahead_are_not_counted(outbox: Outbox, path: Path) -> None:

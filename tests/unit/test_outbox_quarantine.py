@@ -14,12 +14,14 @@ from pathlib import Path
 import fakeredis
 import pytest
 
+from producers.errors import OutboxError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.outbox_carry_over import is_in_use
 from producers.relay import Relay
 from producers.relay_process import run_relay
 from tests.factories import a_snapshot
+from tests.forking import in_child
 from tests.unit.conftest import queue_of
 
 
@@ -81,7 +83,29 @@ def test_a_file_with_carried_entries_is_not_salvaged_while_its_process_lives(pat
         assert is_in_use(file)
         assert outbox.quarantine.damaged_files() == []
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # as the kernel does at the end of the process
-        assert outbox.quarantine.damaged_files() == [file]
+        for _ in range(2):
+            assert outbox.quarantine.damaged_files() == [file]
+
+
+def test_the_entries_that_a_dead_process_was_carrying_over_are_salvaged(path: Path) -> None:
+    """The path was unusable when the process ended. Its file with the entries is deleted then."""
+
+    def use_removed_file() -> None:
+        outbox = Outbox(path)
+        outbox.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(3)])
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(OutboxError, match="is a folder"):
+            outbox.status()
+
+    assert in_child(use_removed_file) == 0
+    path.rmdir()
+    with Outbox(path, repair=True) as outbox:
+        (file,) = outbox.quarantine.damaged_files()
+        assert outbox.quarantine.salvage(file).entries == 3
+        assert [entry.sequence for entry in outbox.deliveries.pending(5)] == [1, 2, 3]
+        assert (outbox.quarantine.damaged_files(), outbox.quarantine.salvaged_files()) == ([], [])
+    assert [one.name for one in path.parent.iterdir() if "taken-out" in one.name] == []
 
 
 def test_a_starting_relay_quarantines_an_older_file_beside_a_newer_log(path: Path, redis: fakeredis.FakeRedis) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
+import resource
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxDamaged, OutboxError
 from producers.outbox import Outbox
+from producers.outbox_carry_over import CarryOver
 from producers.outbox_file import OutboxFile
 from producers.outbox_salvage import has_content_of_an_outbox, has_readable_entries
 from producers.redis_keys import job_id_of
@@ -62,7 +65,7 @@ def _at_connect(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
 def test_a_file_that_is_replaced_when_its_second_connection_is_opened_keeps_its_entries(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading and appending have connections of their own. Both must be of the file at the path."""
+    """Reading and appending have separate connections. Both must be of the file at the path."""
     with Outbox(path) as outbox:
         before = _append(outbox, 2)
     with Outbox(path.with_name("other.db")) as other:
@@ -149,6 +152,7 @@ def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_
     assert len(list(path.parent.glob("*.taken-out-*"))) == 1
 
     with Outbox(path) as other:
+        assert other.quarantine.damaged_files() == []  # this process still has them
         stored = Outcome("stored", row_id=1)
         found = {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, stored, at=0) for one in settled}
         other.deliveries.settle(settled[0].source_id, 0, found)
@@ -156,6 +160,87 @@ def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_
     after = _append(outbox, 1, after=2000)
     assert _at_path(path) == _job_ids([*before, *after])
     assert list(path.parent.glob("*.taken-out-*")) == []
+    assert outbox.generation == 1
+
+
+def test_entries_of_a_removed_file_are_carried_over_when_the_disk_has_room_again(path: Path) -> None:
+    """A limit of the process simulates the full disk. Until then, each call raises an error."""
+    outbox = Outbox(path)
+    before = _append(outbox, 20)
+    path.unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        for _ in range(2):
+            with pytest.raises(OutboxError, match=f"^outbox {path}"):
+                _append(outbox)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(path.parent.glob("*.taken-out-*")) == []
+    after = _append(outbox, after=30)
+    assert _at_path(path) == _job_ids([*before, *after])
+
+
+def test_the_note_beside_a_file_that_replaced_another_one_names_it_before_its_log_exists(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the process dies then, the log of the new file is not taken for that of the earlier one."""
+    for file in (path, path.with_name("other.db")):
+        Outbox(file).close()
+    path.with_name("other.db").replace(path)
+    found = path.stat()
+    notes = []
+    _at_connect(monkeypatch, lambda: notes.append(json.loads(path.with_name("outbox.db-pair").read_text())))
+    Outbox(path).close()
+    assert notes == [[[found.st_dev, found.st_ino], None]]
+
+
+def test_a_file_that_cannot_be_opened_is_not_quarantined(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether another process has replaced the damaged file is not known then."""
+    with Outbox(path, repair=True) as outbox:
+        outbox.relay_lock().acquire()
+        accepted = _append(outbox)
+        outbox.close()
+
+        def fail(*_: object, **__: object) -> None:
+            raise sqlite3.OperationalError("unable to open database file")
+
+        monkeypatch.setattr(sqlite3, "connect", fail)
+        with pytest.raises(OutboxError, match="unable to open"):
+            _quarantine(outbox)
+        monkeypatch.undo()
+        assert outbox.quarantine.damaged_files() == []
+        assert [entry.job_id for entry in outbox.entries()] == _job_ids(accepted)
+
+
+def test_an_open_damaged_file_that_another_process_has_quarantined_prevents_no_event(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its entries cannot be carried over. A relay salvages them from the quarantined file."""
+    with Outbox(path, repair=True) as outbox, Outbox(path, repair=True) as other:
+        outbox.relay_lock().acquire()
+        _append(outbox)
+        _quarantine(other)
+
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(CarryOver, "take_out", fail)
+        _quarantine(outbox)
+        after = _append(outbox, after=1)
+        assert [entry.job_id for entry in outbox.entries()] == _job_ids(after)
+    assert "its entries could not be carried over: disk I/O error" in caplog.text
+
+
+def test_a_snapshot_shows_one_state_while_others_write(path: Path) -> None:
+    with Outbox(path) as writing, Outbox(path) as reading:
+        _append(writing)
+        count = "SELECT count(*) FROM entries"
+        with reading._file.snapshot() as db:
+            assert db.execute(count).fetchone() == (1,)
+            _append(writing)
+            assert db.execute(count).fetchone() == (1,)
+        assert reading.status().pending == 2
 
 
 @pytest.mark.parametrize("block", [OutboxFile.snapshot, OutboxFile.transaction])
@@ -201,7 +286,7 @@ def test_a_quarantined_file_replaces_no_earlier_one(path: Path) -> None:
 def test_each_user_can_quarantine_a_file_and_break_its_second_name(
     path: Path, monkeypatch: pytest.MonkeyPatch, user: int
 ) -> None:
-    """Only root gives the new files the owner of the earlier ones."""
+    """Root creates the new file at once, with the owner of the earlier one."""
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with Outbox(path, repair=True) as outbox:
         outbox.relay_lock().acquire()

@@ -12,7 +12,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import outbox_salvage
+from producers import outbox_check, outbox_salvage
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
@@ -28,6 +28,7 @@ from producers.events import Draft
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
 from producers.outbox_salvage import ranges_text
+from producers.outbox_schema import VERSION
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -125,6 +126,7 @@ def test_damage_does_not_delay_readable_and_new_events(
     assert outbox.quarantine.damaged_files() == []
     (moved,) = outbox.quarantine.salvaged_files()
     assert moved.name.startswith("outbox.db.salvaged-")
+    assert outbox.quarantine.lossy_files() == ([moved] if _lost(outbox) else [])
     carried = sum(
         one.source_id == next(iter(before)).split("-")[0] for one in new
     )  # appended before the damage was noticed
@@ -184,10 +186,12 @@ def test_entries_of_a_file_that_waits_to_be_salvaged_are_pending(path: Path) -> 
     outbox.relay_lock().acquire()
     until = outbox.last_position()
     (moved,) = _quarantine(outbox)
+    assert outbox.generation == 1
     assert outbox.pending_count(until) == 0
     assert outbox.status_of(accepted).state == "pending"
+    _append(outbox, 1, after=5)
     assert outbox.quarantine.salvage(moved).entries == 1
-    assert (outbox.pending_count(until), outbox.unsettled_count(producer_id=9)) == (1, 0)
+    assert (outbox.pending_count(until), outbox.unsettled_count(producer_id=9)) == (2, 0)
     assert outbox.status_of(accepted).state == "pending"
 
 
@@ -240,6 +244,7 @@ def test_salvaged_entries_keep_their_state(path: Path, relay_of: Callable[[Outbo
             one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
             for one in accepted[:100]
         }
+        found[100] = found[100]._replace(outcome=Outcome("rejected", reason="no"))
         outbox.deliveries.settle(accepted[0].source_id, 0, found)
         outbox.deliveries.mark_sent({entry.position: 200.0 for entry in outbox.deliveries.pending(100)})
         relay.turn._lock.acquire()
@@ -248,8 +253,9 @@ def test_salvaged_entries_keep_their_state(path: Path, relay_of: Callable[[Outbo
     outbox = Outbox(path, repair=True)
     _sweep(relay_of(outbox))
     status = outbox.status()
-    assert (status.stored, status.sent) == (100, 200)
+    assert (status.stored, status.rejected, status.sent) == (99, 1, 200)
     assert outbox.status_of(accepted[0]).row_id == 7
+    assert outbox.status_of(accepted[99]).reason == "no"
     assert outbox.quarantine.losses() == {}
     (source,) = outbox.sources()
     assert (source.full_name, source.current, source.left_because) == (accepted[0].source, False, "damaged")
@@ -317,6 +323,21 @@ def test_a_damaged_outcome_and_a_full_disk_do_not_end_a_salvage(path: Path, monk
                 outbox.quarantine.salvage(moved)
         assert outbox.quarantine.salvage(moved).entries == 2
         assert outbox.status().depth == 2
+
+
+@pytest.mark.parametrize(
+    "values", ["NULL, 5.0, 7, 'text'", "NULL, 5.0, NULL, 7", "NULL, 5.0, 'text', NULL", "NULL, 'text', 7, NULL"]
+)
+def test_a_record_of_another_table_is_not_taken_for_the_outcome_of_an_entry(path: Path, values: str) -> None:
+    """It has as many columns as an outcome, and the position of the entry."""
+    with Outbox(path) as outbox:
+        _append(outbox, 1)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE other (id INTEGER PRIMARY KEY, a, b, c)")
+        db.execute(f"INSERT INTO other VALUES ({values})")
+    with Outbox(path.with_name("new.db")) as new:
+        assert new.quarantine.salvage(path).entries == 1
+        assert (new.status().pending, new.status().stored, new.status().rejected) == (1, 0, 0)
 
 
 def _with_no_number(path: Path, count: int) -> Path:
@@ -430,9 +451,10 @@ def test_a_stored_entry_that_a_damaged_file_has_as_unsettled_is_sent_again(path:
         outbox.deliveries.settle(accepted[0].source_id, 0, {2: found[2]})
         assert outbox.status().stored == 2
 
-        outbox.quarantine.salvage(damaged)
-        assert [entry.sequence for entry in outbox.deliveries.pending(2)] == [2]
-        assert outbox.status_of(accepted[0]).state == "stored"
+        assert outbox.quarantine.salvage(damaged).entries == 1
+        assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.pending(2)] == [(2, 0)]
+        assert [outbox.status_of(one).state for one in accepted] == ["stored", "pending"]
+        assert outbox.status().stored == 1
 
 
 def test_one_text_that_is_not_utf_8_loses_one_entry(
@@ -457,8 +479,9 @@ def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: byte
     path.parent.mkdir()
     path.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(OutboxDamaged, match=f"^outbox {path}: "):
+        with pytest.raises(OutboxDamaged, match=f"^outbox {path}: ") as raised:
             Outbox(path, repair=True)
+        assert raised.value.advice == "the file is of another program: set HISTORY_OUTBOX to another path"
     assert path.read_bytes() == content
     assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
 
@@ -587,15 +610,37 @@ def test_opening_a_damaged_file_for_reading_leaves_it_in_place(path: Path) -> No
     assert sorted(one.name for one in path.parent.iterdir()) == ["outbox.db", "outbox.db-pair", "outbox.db-relay"]
 
 
-def test_a_quick_check_finds_damage_and_changes_nothing(path: Path) -> None:
-    """It returns the first fault."""
+def test_a_quick_check_finds_damage_and_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It returns the first fault, or SQLite's error if there is no time to find the fault."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
+    monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
     with Outbox(path) as outbox:
         found = outbox.quick_check(60)
         assert found
-        assert found != "unfinished"
+        assert "in database main" in found
+
+        def end_of_time(statement: str) -> None:
+            if "quick_check" in statement:
+                monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
+
+        outbox._file._connections["NORMAL"].set_trace_callback(end_of_time)
+        assert outbox.quick_check(60) == f"outbox {path}: database disk image is malformed"
+        monkeypatch.undo()
     assert path.exists()
+
+
+def test_a_quick_check_finds_damage_on_pages_that_no_state_needs(path: Path) -> None:
+    """The text of a large event is on several pages, and each has the number of the next one."""
+    with Outbox(path) as outbox:
+        outbox.append(NAME, [an_archive(signals=[a_signal()] * 50)])
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 4096 // 2 * 4096)
+        file.write(b"\xff" * 4)
+    with Outbox(path) as outbox:
+        found = outbox.quick_check(60)
+        assert found is not None
+        assert "in database main" in found
 
 
 def _use_damaged(path: Path, pipe: Any) -> None:
@@ -627,7 +672,7 @@ def test_processes_that_find_damage_together_quarantine_the_file_once(path: Path
         assert len(outbox.quarantine.damaged_files()) == 1
 
 
-def test_a_late_quarantine_leaves_the_new_file_in_place(path: Path) -> None:
+def test_a_late_quarantine_leaves_the_new_file_in_place(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Several outboxes found the same damage; the later ones find a sound file at the path."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
@@ -642,6 +687,8 @@ def test_a_late_quarantine_leaves_the_new_file_in_place(path: Path) -> None:
 
     assert quarantined[0] == quarantined[1] == quarantined[2]
     assert len(quarantined[0]) == 1
+    assert [one.generation for one in (first, second, third)] == [1, 2, 1]
+    assert caplog.text.count("was moved to") == 1
     assert [entry.sequence for entry in first.entries()] == [1, 2, 3]
 
 
@@ -662,8 +709,52 @@ def test_events_of_a_process_that_has_the_damaged_file_open_are_not_lost(
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
 
 
+def _open_files(folder: Path, name: str) -> list[str]:
+    """Return the files in a folder that this process has open and whose path contains `name`."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of /proc/self/fd itself
+            found.append(os.readlink(descriptor))
+    return [one for one in found if one.startswith(str(folder)) and name in one]
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_file_that_cannot_be_opened_is_closed_again(path: Path, repair: bool) -> None:
+    """Another version wrote it, or a table is missing. An open file would keep its space after its removal."""
+    _filled(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
+    with pytest.raises(OutboxError, match="newer version"):
+        Outbox(path, repair=repair)
+    assert _open_files(path.parent, "outbox.db") == []
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute("DROP TABLE outbox")
+    with pytest.raises(OutboxError, match="no such table"):
+        Outbox(path, repair=repair)
+    assert _open_files(path.parent, "outbox.db") == []
+
+
+def test_a_damaged_file_is_closed_before_its_content_is_looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would release the locks that SQLite has on it in this process."""
+    _filled(path)
+    open_files = []
+
+    def has_content(file: Path) -> bool:
+        open_files.append(_open_files(file.parent, "outbox.db"))
+        return True
+
+    monkeypatch.setattr("producers.outbox.has_content_of_an_outbox", has_content)
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox, 1, after=9000)
+        for end in ("-relay", "-pair"):
+            path.with_name(path.name + end).unlink()
+        _quarantine(outbox)
+    assert open_files == [[]]
+
+
 def test_an_append_during_which_the_file_is_quarantined_and_salvaged_is_not_lost(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its commit goes into the renamed file after the relay of another process has read that file."""
     _filled(path)
@@ -683,6 +774,9 @@ def test_an_append_during_which_the_file_is_quarantined_and_salvaged_is_not_lost
         assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in reading.entries()}
         assert len(reading.quarantine.salvaged_files()) == 1
         assert reading.quarantine.damaged_files() == []
+    assert "outbox.db was removed, and its entries cannot be read: database disk image is malformed" in caplog.text
+    assert list(path.parent.glob("*.taken-out-*")) == []
+    assert _open_files(path.parent, "taken-out") == []
 
 
 def test_an_interrupted_salvage_is_repeated_without_doubling_an_entry(
@@ -700,7 +794,7 @@ def test_an_interrupted_salvage_is_repeated_without_doubling_an_entry(
         steps = outbox.quarantine.salvaging(moved)
         while not outbox.entries():
             next(steps)
-        assert len(outbox.entries()) < COUNT
+        assert 1 < len(outbox.entries()) <= 50
         del steps
     outbox = Outbox(path, repair=True)
     assert outbox.quarantine.damaged_files() == [moved]
@@ -723,6 +817,9 @@ def test_a_repeated_salvage_keeps_the_number_of_resends(path: Path) -> None:
     _filled(path)
     outbox = Outbox(path, repair=True)
     outbox.quarantine.salvage(*_quarantine(outbox))
+    outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(1)})
+    ((_, _, resends),) = outbox.deliveries.awaiting("sent")
+    assert resends == 0
     outbox.resend(since=0)
     outbox.quarantine.salvage(*outbox.quarantine.salvaged_files())
     outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(1)})

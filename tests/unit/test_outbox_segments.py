@@ -17,6 +17,7 @@ from producers import outbox_segments
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.digests import digest_of_text
 from producers.entries import Accepted, Entry
+from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.segments import (
     CHAIN_START,
@@ -303,6 +304,26 @@ def test_an_outbox_without_room_for_digests_accepts_events(
     assert "the digests of deleted events could not be carried over" in caplog.text
 
 
+def test_digests_that_could_not_be_carried_over_because_of_an_error_are_carried_over_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a full file does without them."""
+    with Outbox(path) as outbox:
+        _append(outbox, 3)
+        _prune(outbox)
+        before = _content(outbox)
+        path.unlink()
+
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("producers.outbox_carry_over.insert_missing", fail)
+            with pytest.raises(OutboxError, match="disk I/O error"):
+                outbox.status()
+        assert _content(outbox) == before
+
+
 def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
     """Except those that are damaged themselves: their checksum does not match."""
     with Outbox(path, repair=True) as outbox:
@@ -347,3 +368,10 @@ def test_the_segments_of_a_chain_do_not_depend_on_batches() -> None:
     assert [len(one.sequences) for one in whole] == [1000, 1000, 500]
     assert [one for segment in whole for one in segment.sequences] == [*range(2500)]
     assert continued(whole[-1], []) == []
+
+
+def test_a_segment_that_was_written_earlier_is_recognized_by_its_checksum() -> None:
+    """The checksum is part of the outbox's format."""
+    row = ("ab" * 16, b"\0" * 32, b"\1" * 32, "[[1, 2]]", "[2]", bytes.fromhex("3cd31aecea7eef69"), b"\2" * 16)
+    assert outbox_segments.segment_row_of((7, *row)) == row
+    assert outbox_segments.segment_row_of((7, *row[:-1], b"\3" * 16)) is None

@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producers import entry_sender, outbox_clock
+from producers import acknowledgement_reader, entry_sender, outbox_clock
 from producers import relay as relay_module
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Acknowledgement, Outcome, acknowledgement_text, shown
@@ -34,7 +34,7 @@ from producers.redis_url import place_of
 from producers.relay import Relay
 from producers.rq_queue import enqueue
 from tests.factories import a_signal, a_snapshot, an_archive
-from tests.unit.conftest import queue_of
+from tests.unit.conftest import queue_of, sent_commands
 
 NAME = "trading-controller"
 KEEP_SECONDS = 3600.0
@@ -375,13 +375,49 @@ def test_a_rejection_is_logged_with_its_identifiers(
 
     (record,) = caplog.records
     assert record.getMessage() == f"event {accepted.event_id} was rejected: no"
-    named = {name: vars(record)[name] for name in ("source", "sequence", "job_id", "outcome")}
+    named = {name: vars(record)[name] for name in ("event_id", "source", "sequence", "job_id", "outcome")}
     assert named == {
+        "event_id": str(accepted.event_id),
         "source": accepted.source,
         "sequence": 1,
         "job_id": _field(accepted),
         "outcome": "rejected",
     }
+
+
+def test_acknowledgements_of_rejected_entries_are_read_every_five_seconds(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator may requeue a rejected event, which is then stored."""
+    clock = [1000.0]
+    monkeypatch.setattr(acknowledgement_reader, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    reader = AcknowledgementReader(outbox, redis)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    _acknowledge(redis, accepted, "rejected:no")
+    assert reader.apply() == 1
+    _acknowledge(redis, accepted, "stored:1")
+    settled = []
+    for clock[0] in (1000.1, 1004.9, 1005.0):
+        settled.append(reader.apply())
+    assert settled == [0, 0, 1]
+
+
+def test_the_acknowledgements_stay_if_redis_refuses_to_read_them(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a key of another type is renamed. A missing permission, for example, is an error of each sweep."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    _acknowledge(redis, accepted, "stored:1")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ResponseError("NOPERM this user has no permissions to run the 'hscan' command")
+
+    monkeypatch.setattr(redis, "hscan", refuse)
+    with pytest.raises(ResponseError, match="NOPERM"):
+        relay.sweep()
+    assert [shown(key) for key in redis.keys("history:ack:*")] == [acknowledgement_key(accepted.source)]
 
 
 def test_an_acknowledgement_that_replaces_a_rejection_is_not_removed_unread(
@@ -541,6 +577,47 @@ def test_a_job_that_failed_without_a_rejection_is_sent_again_and_leaves_the_fail
     assert queue_of(redis).job_ids == [job.id]
     assert queue_of(redis).failed_job_registry.get_job_ids() == []
     assert job.get_status() == JobStatus.QUEUED
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_job_that_is_queued_for_long_but_in_no_list_is_sent_again(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """A worker died with the job, whose status remains. The lists are searched from the third check on: after 35 s."""
+    outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
+    relay.sweep()
+    job_ids = queue_of(redis).job_ids
+    redis.lpop(queue_of(redis).key)
+    counts = []
+    for _ in range(3):  # the first sweep has checked it too
+        relay.sweep()
+        counts.append(queue_of(redis).count)
+    assert counts == [1, 2, 2]
+    assert queue_of(redis).job_ids == [job_ids[1], job_ids[0]]
+
+
+def test_a_batch_is_enqueued_in_one_transaction_of_redis(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the connection breaks, Redis has the whole batch or nothing: no job is queued and in no list."""
+    outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
+    sent = sent_commands(redis, monkeypatch)
+    relay.sweep()
+    (batch,) = [commands for commands in sent if b"RPUSH" in commands]
+    assert batch.index(b"MULTI") < batch.index(b"HSET") < batch.index(b"RPUSH") < batch.index(b"EXEC")
+
+
+def test_a_relay_that_waits_for_its_turn_pauses_between_sweeps(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes hardly any time from the caller's program."""
+    relay.sweep()
+    waiting = Relay(Outbox(outbox.path), redis, "history", keep_seconds=KEEP_SECONDS)
+    sweeps = _counted(waiting, monkeypatch, waiting.sweep)
+    waiting.start()
+    time.sleep(0.2)
+    waiting.stop()
+    assert 1 <= len(sweeps) <= 20
 
 
 @pytest.mark.usefixtures("at_once")

@@ -6,14 +6,17 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakeredis
 import pytest
 
 from producers.errors import RelayRefused
 from producers.outbox import Outbox
+from producers.outbox_place import LOCK
 from producers.relay import Relay
 from tests.factories import a_snapshot
+from tests.unit.conftest import queue_of
 
 New = Callable[..., Relay]
 
@@ -151,6 +154,107 @@ def test_only_a_relay_process_that_has_the_turn_sends_heartbeats(new: New, path:
     process.turn._heartbeat_at = 0.0  # it is due
     process.turn.heartbeat()
     assert process._outbox.header.relay_is_alive()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of the relays' clock, which the test sets."""
+    seconds = [1000.0]
+    monkeypatch.setattr("producers.relay_turn.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def test_a_relay_process_sends_a_heartbeat_every_two_seconds(new: New, path: Path, clock: list[float]) -> None:
+    """More often would only write to the outbox."""
+    process = new("one")
+    assert _relays(process, path)
+    for begin in (1000.0, 1002.0):
+        for moment, is_due in ((begin + 0.1, False), (begin + 1.9, False), (begin + 2.0, True)):
+            _expire_heartbeat(path)
+            clock[0] = moment
+            process.turn.heartbeat()
+            assert process._outbox.header.relay_is_alive() == is_due
+
+
+def test_a_relay_process_is_standby_when_another_one_has_had_the_turn_for_a_second(
+    new: New, path: Path, clock: list[float]
+) -> None:
+    """It logs that, and again when it has the turn itself."""
+    first, second = new("first"), new("second")
+    assert not second.turn.is_standby
+    assert _relays(first, path)
+    for moment, is_standby in ((1000.0, False), (1000.9, False), (1001.0, True), (1005.0, True)):
+        clock[0] = moment
+        assert not second.sweep()
+        assert second.turn.is_standby == is_standby
+    first.stop()
+    assert _relays(second, path)
+    assert not second.turn.is_standby
+
+
+def test_a_relay_without_the_lock_begins_its_turn_anew_when_it_gets_the_lock(new: New, path: Path) -> None:
+    """The stopped relay process may have continued meanwhile."""
+    stopped, producer = new("stopped"), new()
+    assert _relays(stopped, path)
+    _expire_heartbeat(path)
+    assert _relays(producer, path)
+    assert (producer.turn.started, producer.turn.is_exclusive) == (True, False)
+    with Outbox(path) as outbox:
+        token = outbox.header.read().token
+        stopped.turn._lock.release()  # as the kernel does when the process is killed
+        assert _relays(producer, path)
+        assert producer.turn.is_exclusive
+        assert outbox.header.read().token != token
+
+
+def test_a_turn_begins_anew_if_a_backup_is_put_at_the_path(
+    new: New, path: Path, tmp_path: Path, redis: fakeredis.FakeRedis
+) -> None:
+    """Redis has jobs of entries that are pending there: they are not enqueued again."""
+    relay = new()
+    with Outbox(path) as outbox:
+        outbox.append("bot", [a_snapshot()])
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(tmp_path / "backup")) as backup:
+        db.backup(backup)
+    relay.sweep()
+    token = relay._outbox.header.read().token
+    (tmp_path / "backup").replace(path)
+    tokens = []
+    for _ in range(3):
+        relay.sweep()
+        tokens.append(relay._outbox.header.read().token)
+    assert tokens == [tokens[0]] * 3 != [token] * 3  # it begins once, not at each sweep
+    assert (queue_of(redis).count, relay._outbox.status().sent) == (1, 1)
+
+
+def test_a_relay_process_that_reaches_redis_again_relays_for_another_ten_seconds(
+    new: New, path: Path, clock: list[float]
+) -> None:
+    """It ends its turn only if it fails for that long again."""
+    process = new("one")
+    assert _relays(process, path)
+    process.turn.failing_since = clock[0]
+    clock[0] += 11
+    assert _relays(process, path)
+    assert process.turn.failing_since is None
+
+
+def test_a_relay_that_has_lost_its_turn_begins_the_next_one_anew(new: New, path: Path) -> None:
+    """It checks the file and replaces the token: another relay may have relayed a copy meanwhile."""
+    one, other = new(), new()
+    assert not one.turn.started
+    assert _relays(one, path)
+    assert one.turn.started
+    path.with_name(f"{path.name}{LOCK}").unlink()  # the lock is lost with its file
+    assert _relays(other, path)
+    assert not _relays(one, path)
+    assert not one.turn.started
+    other.stop()
+    assert not other.turn.started
+    with Outbox(path) as outbox:
+        token = outbox.header.read().token
+        assert _relays(one, path)
+        assert outbox.header.read().token != token
 
 
 def test_a_producers_relay_names_the_destination_of_a_new_file(new: New, redis: fakeredis.FakeRedis) -> None:

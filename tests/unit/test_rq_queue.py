@@ -18,9 +18,10 @@ from producers.outbox import Outbox
 from producers.redis_keys import owners_key, reserved_key
 from producers.rq_queue import TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive
-from tests.unit.conftest import queue_of
+from tests.unit.conftest import queue_of, sent_commands
 
 _TIMES = ("created_at", "enqueued_at")
+_OTHER_JOBS = ("job-1", "job-2", "job-3")
 
 
 def _entries(tmp_path: Path, *payloads: Any) -> list[Entry]:
@@ -73,6 +74,18 @@ def test_rq_reads_a_delivery_like_its_own_job(tmp_path: Path, redis: fakeredis.F
         assert abs((getattr(theirs, name) - getattr(ours, name)).total_seconds()) < 60
 
 
+@pytest.mark.parametrize(("signals", "is_compressed"), [(1, False), (50, True)])
+def test_a_large_event_is_compressed(
+    tmp_path: Path, redis: fakeredis.FakeRedis, signals: int, is_compressed: bool
+) -> None:
+    """It takes less memory of Redis. RQ reads both forms; a small one stays readable for people."""
+    (entry,) = _entries(tmp_path, an_archive(signals=[a_signal()] * signals))
+    _enqueue(redis, [entry])
+    data: Any = redis.hget(Job.key_for(entry.job_id), "data")
+    assert (len(data) < len(entry.event) / 2) == is_compressed
+    assert data.startswith(b'["consumers.handlers.record_signal_archive"') != is_compressed
+
+
 def test_enqueue_writes_the_keys_of_rq(tmp_path: Path, redis: fakeredis.FakeRedis) -> None:
     """The queue is one of RQ's queues, its list has the ids in order, and the last reply is its length."""
     entries = _entries(tmp_path, a_snapshot(), an_archive())
@@ -119,7 +132,7 @@ def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
         pipe.execute()
     redis.lpop(queue.key)
     if what == "taken by a stock worker":  # which has not started it yet
-        redis.rpush(queue.intermediate_queue_key, entry.job_id)
+        redis.rpush(queue.intermediate_queue_key, *_OTHER_JOBS, entry.job_id)
     hkeys = redis.hkeys
 
     def meanwhile(name: str) -> Any:
@@ -133,6 +146,18 @@ def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
 
     monkeypatch.setattr(redis, "hkeys", meanwhile)
     assert in_no_list(redis, queue, [entry]) == ([entry] if what == "nothing" else [])
+
+
+def test_all_lists_of_jobs_are_read_at_one_moment(
+    tmp_path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one transaction of Redis: otherwise a job that moves from a list to one that was read before would be lost."""
+    entries = _entries(tmp_path, a_snapshot())
+    _enqueue(redis, entries)
+    sent = sent_commands(redis, monkeypatch)
+    in_no_list(redis, queue_of(redis), entries)
+    (lists,) = [commands for commands in sent if b"LRANGE" in commands]
+    assert lists.index(b"MULTI") < lists.index(b"HKEYS") < lists.index(b"LPOS") < lists.index(b"EXEC")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +175,7 @@ def test_a_job_is_lost_if_it_is_in_no_list_of_jobs(
         redis.lpop(queue.key)
     if place == "reservation":
         redis.hset(owners_key(queue.name), "owner", "")
-        redis.rpush(reserved_key(queue.name, "owner"), entries[0].job_id)
+        redis.rpush(reserved_key(queue.name, "owner"), *_OTHER_JOBS, entries[0].job_id)
     elif place.startswith("started"):
         seconds = 60 if place == "started" else -60  # until a stock worker's job counts as abandoned
         redis.zadd(queue.started_job_registry.key, {f"{entries[0].job_id}:execution": redis.time()[0] + seconds})

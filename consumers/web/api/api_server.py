@@ -87,5 +87,5 @@ def serve(listening: socket.socket) -> None:
     )
     print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
     threading.Thread(target=_report_database, name="database-check", daemon=True).start()
-    exit_if_signal_was_lost()  # from here on, uvicorn handles signals
+    exit_if_signal_was_lost()  # uvicorn installs its own handlers next
     uvicorn.Server(config).run(sockets=[listening])
