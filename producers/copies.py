@@ -1,8 +1,9 @@
 """Distinguishes two copies of an outbox: a copied folder, a cloned machine, a restored backup.
 
 Each outbox has a random token, which is also in Redis, once for each current source of the outbox. A relay that takes
-its lock replaces the token in both places. Of two copies, only one finds its own token in Redis; the other one takes
-new sources for new events. Its earlier entries keep their source and number: a nonce distinguishes their deliveries.
+its lock replaces the token in both places, and again every minute. Of two copies, only one finds its own token in
+Redis; the other one takes new sources for new events. Its earlier entries keep their source and number: a nonce
+distinguishes their deliveries.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 # The token of a source that is not used for this long expires. A missing token is accepted.
 _TOKEN_TTL_SECONDS = 30 * 24 * 3600
 _CHECK_SECONDS = 5.0
+_EXCHANGE_SECONDS = 60.0  # an outbox restored from a backup that is older than this has an old token
 _TRIES = 5
 
 
@@ -38,19 +40,20 @@ class CopyGuard:
         self._outbox = outbox
         self._redis = redis
         self._known: set[str] = set()  # sources whose token this relay has put into Redis since it took its lock
-        self._check_at = 0.0
+        self._check_at = self._exchange_at = 0.0
 
     def begin(self) -> None:
         """Make the next check exchange the token. Call this when the relay has just taken its lock."""
         self._known = set()
 
     def check(self) -> None:
-        """Exchange the token once after `begin`; later, compare it every few seconds with the one in Redis."""
+        """Exchange the token after `begin` and every minute; compare it every few seconds with the one in Redis."""
         sources = [source.full_name for source in self._outbox.sources() if source.current]
-        if not self._known.issuperset(sources):
+        if not self._known.issuperset(sources) or (sources and time.monotonic() >= self._exchange_at):
             if not self._exchange(sources):
                 return
             self._known = set(sources)
+            self._exchange_at = time.monotonic() + _EXCHANGE_SECONDS
         elif sources and time.monotonic() >= self._check_at:
             self._compare(sources)
         else:
@@ -82,7 +85,7 @@ class CopyGuard:
                 if is_own:
                     self._outbox.header.end_exchange(token)
                 else:
-                    self._replace_sources()
+                    self._replace_sources(sources)
                 return True
         return False
 
@@ -98,8 +101,8 @@ class CopyGuard:
         if any(one is not None and shown(one) != token for one in found):
             self._exchange(sources)
 
-    def _replace_sources(self) -> None:
-        replaced = self._outbox.header.replace_sources()
+    def _replace_sources(self, sources: list[str]) -> None:
+        replaced = self._outbox.header.replace_sources(sources)
         if replaced:  # another process may have replaced them meanwhile
             logger.warning(
                 "outbox %s was copied or restored, and another copy has used it. New events get a new source instead of"

@@ -62,7 +62,7 @@ ON CONFLICT (id) DO UPDATE SET last_sequence = max(last_sequence, excluded.last_
 """
 # A new file takes the tokens of the file that it continues; a file that already has sources keeps its own.
 _CONTINUE_HEADER = """
-UPDATE main.outbox SET token = ?, next_tokens = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM main.sources)
+UPDATE main.outbox SET token = ?, other_tokens = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM main.sources)
 """
 
 
@@ -143,7 +143,9 @@ def _put_in(db: sqlite3.Connection, taken_out: Path) -> int:
 
 
 def _carry_over(db: sqlite3.Connection) -> int:
-    db.execute(_CONTINUE_HEADER, db.execute("SELECT token, next_tokens, redis, queue FROM taken_out.outbox").fetchone())
+    db.execute(
+        _CONTINUE_HEADER, db.execute("SELECT token, other_tokens, redis, queue FROM taken_out.outbox").fetchone()
+    )
     for row in db.execute(_SELECT_SOURCES).fetchall():
         db.execute(CONTINUE_SOURCE, dict(zip(_SOURCE_COLUMNS, row, strict=True)))
     (last,) = db.execute("SELECT coalesce(max(position), 0) FROM main.entries").fetchone()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from producers.outbox_clock import OutboxClock
@@ -11,12 +12,13 @@ from producers.outbox_file import OutboxFile
 
 RELAY_ALIVE_SECONDS = 10.0  # a relay process counts as ended when its last heartbeat is older
 
-_MOST_NEXT_TOKENS = 20  # beside those that Redis has; exchanges that ended halfway must not fill the row
+_MOST_OTHER_TOKENS = 100  # of the last hour or more, beside those that Redis has
 
-_HEADER = "SELECT token, next_tokens, redis, queue, relay, relay_at FROM outbox"
-_SET_TOKENS = "UPDATE outbox SET token = coalesce(?, token), next_tokens = ?"
+_HEADER = "SELECT token, other_tokens, redis, queue, relay, relay_at FROM outbox"
+_SET_TOKENS = "UPDATE outbox SET token = coalesce(?, token), other_tokens = ?"
 _REPLACE_SOURCES = """
-UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING name || '/' || id
+UPDATE sources SET current = 0, left_because = 'copied'
+WHERE current AND name || '/' || id IN (SELECT value FROM json_each(?)) RETURNING name || '/' || id
 """
 
 
@@ -25,13 +27,14 @@ class Header(NamedTuple):
 
     Attributes:
         token: Distinguishes copies of the outbox: Redis has the same token.
-        next_tokens: Tokens of exchanges that have begun, the newest one last. One may be in Redis in its place.
+        other_tokens: Those that Redis may have in its place, the newest one last: of exchanges that have begun, and
+            earlier ones, if Redis has lost its last writes.
         relay: Name of the relay process that sent the last heartbeat.
         relay_at: Time of this heartbeat by the outbox's clock.
     """
 
     token: str
-    next_tokens: tuple[str, ...]
+    other_tokens: tuple[str, ...]
     redis: str | None
     queue: str | None
     relay: str | None
@@ -40,7 +43,7 @@ class Header(NamedTuple):
     @property
     def tokens(self) -> set[str]:
         """All tokens that Redis may have, if no other copy has replaced them."""
-        return {self.token, *self.next_tokens}
+        return {self.token, *self.other_tokens}
 
 
 class OutboxHeader:
@@ -61,25 +64,23 @@ class OutboxHeader:
     def begin_exchange(self, found: Collection[str], token: str) -> None:
         """Store that Redis, which has the tokens `found`, may get this token from now on."""
         with self._file.transaction() as db:
-            others = [one for one in _header(db).next_tokens if one != token]
-            newest = others[1 - _MOST_NEXT_TOKENS :]
+            others = [one for one in _header(db).other_tokens if one != token]
+            newest = others[1 - _MOST_OTHER_TOKENS :]
             kept = [one for one in others if one in found or one in newest]
             db.execute(_SET_TOKENS, (None, " ".join([*kept, token])))
 
     def end_exchange(self, token: str) -> None:
-        """Store that Redis has this token, and forget those of earlier exchanges, which can no longer succeed.
-
-        If another relay has already ended an exchange that began later, nothing changes.
-        """
+        """Store that Redis has this token now. Its earlier one is kept."""
         with self._file.transaction(durable=False) as db:
-            tokens = _header(db).next_tokens
-            if token in tokens:
-                db.execute(_SET_TOKENS, (token, " ".join(tokens[tokens.index(token) + 1 :])))
+            header = _header(db)
+            if token in header.other_tokens:
+                others = [one for one in header.other_tokens if one != token]
+                db.execute(_SET_TOKENS, (token, " ".join([*others, header.token])))
 
-    def replace_sources(self) -> list[str]:
-        """Give new events new sources, because a copy uses the current ones; return the old sources' full names."""
+    def replace_sources(self, sources: Sequence[str]) -> list[str]:
+        """Give new events new sources instead of these, which a copy uses; return those that were replaced now."""
         with self._file.transaction() as db:
-            return [name for (name,) in db.execute(_REPLACE_SOURCES).fetchall()]
+            return [name for (name,) in db.execute(_REPLACE_SOURCES, (json.dumps(sources),)).fetchall()]
 
     def set_destination(self, redis: str, queue: str) -> None:
         """Store the Redis and the queue that the entries go to. The producer that was opened last decides."""
@@ -108,5 +109,5 @@ class OutboxHeader:
 
 
 def _header(db: sqlite3.Connection) -> Header:
-    token, next_tokens, *others = db.execute(_HEADER).fetchone()
-    return Header(token, tuple(next_tokens.split()), *others)
+    token, other_tokens, *others = db.execute(_HEADER).fetchone()
+    return Header(token, tuple(other_tokens.split()), *others)

@@ -37,7 +37,7 @@ UPDATE outbox SET sent_through = coalesce(
 """  # noqa: S608  # a constant
 
 # All times are seconds since the epoch by the outbox's own clock.
-# `outbox` has one row. `token` distinguishes copies of the file. One of `next_tokens` may have replaced it in Redis.
+# `outbox` has one row. `token` distinguishes copies of the file. Redis may have one of `other_tokens` in its place.
 # `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
 # clock columns are a ClockReading.
 # `sources` has the last number of each source. Each name has one current source, which new events get; the entries of
@@ -55,7 +55,7 @@ CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     sent_through INTEGER NOT NULL DEFAULT 0,
     token TEXT NOT NULL,
-    next_tokens TEXT NOT NULL DEFAULT '',
+    other_tokens TEXT NOT NULL DEFAULT '',
     redis TEXT,
     queue TEXT,
     relay TEXT,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from consumers.process_setup import exit_if_signal_was_lost
 from consumers.settings import EmbeddedSettings, StoreSettings
 from producers.errors import SettingsError
 from producers.settings import TransportSettings
@@ -34,6 +35,7 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
     Raises:
         SettingsError: one of the two is set, but the other one is needed.
     """
+    exit_if_signal_was_lost()
     store, transport = StoreSettings.from_environment(), TransportSettings.from_environment()
     has_database, has_redis = store.is_set, transport.redis_url is not None
     if not has_database and not has_redis:

@@ -243,11 +243,12 @@ def outbox_copy_checks(settings: TransportSettings) -> Iterator[HealthCheck]:
         RedisError: Redis cannot be read now.
     """
     with Outbox(settings.outbox) as outbox:
-        sources, header = outbox.sources(), outbox.header.read()
-    current = [source.full_name for source in sources if source.current]
-    left = [source.full_name for source in sources if source.left_because == "copied"]
-    with _redis_of(settings) as redis:
-        tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
+        sources = outbox.sources()
+        current = [source.full_name for source in sources if source.current]
+        left = [source.full_name for source in sources if source.left_because == "copied"]
+        with _redis_of(settings) as redis:
+            tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
+        header = outbox.header.read()  # after Redis: a relay announces a token before it puts it into Redis
     problem = f"this outbox was copied or restored: another copy now uses its source {', '.join(left)}" if left else ""
     if any(token is not None and shown(token) not in header.tokens for token in tokens):
         problem = f"another copy of this outbox now uses its source {', '.join(current)}"

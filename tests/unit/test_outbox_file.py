@@ -254,8 +254,8 @@ def test_a_name_that_the_file_at_the_path_does_not_use_any_more_keeps_its_source
     outbox = Outbox(path)
     before = _append(outbox, 2)
     with Outbox(path.with_name("new.db")) as other:
-        _append(other)
-        other.header.replace_sources()
+        (accepted,) = _append(other)
+        other.header.replace_sources([accepted.source])
         other.append("other", [a_snapshot()])
     path.with_name("new.db").replace(path)
     (after,) = _append(outbox, after=9)

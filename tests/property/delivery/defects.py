@@ -82,7 +82,7 @@ DEFECTS: dict[str, Defect] = {
         Change("producers/copies.py", "is_own = found <= self._outbox.header.read().tokens", "is_own = True"),
     )),
     "the token of a killed relay counts as that of a copy": Defect("an outbox that was never copied has more than", (
-        Change("producers/outbox_header.py", "{self.token, *self.next_tokens}", "{self.token}"),
+        Change("producers/outbox_header.py", "{self.token, *self.other_tokens}", "{self.token}"),
     )),
     "marked as sent before Redis has the job": Defect("sent, but its job is nowhere", (
         Change("producers/entry_sender.py", _SEND + _MARK, _MARK + _SEND),
