@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import engine, get_db
+from consumers.db.inserts import Stored, insert_events
 from consumers.errors import PoisonEvent, StoreUnavailable, UnsupportedJob
 from consumers.ops.metrics import COUNTS
 from consumers.worker import batch
@@ -295,6 +296,17 @@ def test_a_delivery_that_is_stored_later_is_no_longer_rejected_or_discarded(outc
         db.exec_driver_sql(f"UPDATE event_outcomes SET outcome = '{outcome}', actor = 'alice'")
     (stored,) = decided(valid(1)._replace(job_id="job"))
     assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
+
+
+def test_events_of_one_kind_do_not_wait_for_a_lock_on_the_table_of_the_other_kind(database_url: str) -> None:
+    """Withdrawing an archive, for example, takes this lock."""
+    with engine().begin() as other:
+        other.exec_driver_sql("LOCK TABLE signal_archives IN SHARE ROW EXCLUSIVE MODE")
+        with get_db() as db:
+            db.exec_driver_sql("SET LOCAL lock_timeout = '100ms'")
+            (result,) = insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=1)])
+    assert isinstance(result, Stored)
+    assert result.created
 
 
 def test_a_duplicate_is_recorded_unless_the_same_delivery_made_the_row() -> None:
