@@ -772,7 +772,7 @@ def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str,
 
 
 def test_the_message_says_how_to_make_a_date_of_a_datetime() -> None:
-    """Of another type, it only has the name."""
+    """It names any other type only."""
     values = {INSTANT: "datetime.datetime: pass its .date()", "2026-11-22": "str", 20261122: "int"}
     for value, rest in values.items():
         error = _error_of(lambda value=value: a_snapshot(snapshot_date=value))  # type: ignore[misc]  # called in the same iteration
