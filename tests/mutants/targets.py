@@ -113,7 +113,7 @@ TARGETS = {
     ),
     "content": Target(
         files=("consumers/db/stored_content.py", "consumers/ops/content_audit.py", "consumers/ops/seal.py"),
-        tests=("tests/integration/test_content_audit.py",),
+        tests=("tests/integration/test_content_audit.py", "tests/unit/test_seals.py"),
         mutants_of=_python_and_sql_mutants,
         needs_servers=True,
     ),
