@@ -208,6 +208,7 @@ def test_a_withdrawn_event_is_compared_with_its_withdrawal(
     [
         "UPDATE portfolio_history SET id = id + 1000, created_at = now() + interval '1 day'",
         "UPDATE portfolio_history SET balance = balance * 1.0",
+        "UPDATE event_outcomes SET event_id = NULL WHERE outcome = 'rejected'",
         "UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{0,amount}', '120.000')",
     ],
 )
@@ -220,14 +221,17 @@ def test_changes_that_keep_each_value_do_not_differ(chains: Chains, change: str)
 def test_a_duplicate_in_another_zone_does_not_differ(
     producer: HistoryProducer, work: Work, minutes: int, hours: tuple[int, ...]
 ) -> None:
-    """Its own month is another one than that of the stored row. A month that fits no zone differs."""
+    """Its own month is another one than that of the stored row. A month of another zone, or of none, differs."""
     instant = datetime(2027, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
     times = [instant.astimezone(timezone(timedelta(hours=hour))) for hour in hours]
     archives = [an_archive(archived_at=one) for one in times]
-    assert {one.archive_month for one in archives} == {"2026-12", "2027-01"}
+    stored, other = archives[0].archive_month, archives[1].archive_month
+    assert {stored, other} == {"2026-12", "2027-01"}
     _deliver(producer, work, [producer.record(archive) for archive in archives])
     chains = _chains(_outbox(producer))
     assert _differing(chains) == []
+    _execute("UPDATE signal_archives SET archive_month = :month", month=other)
+    assert _differing(chains) == [1]
     _execute("UPDATE signal_archives SET archive_month = '2026-11'")
     assert _differing(chains) == [1, 2, 3]
 
@@ -348,6 +352,18 @@ def test_each_difference_says_what_the_database_has(chains: Chains) -> None:
         Difference(2, 2, "row 1000 of portfolio_history has other content than was recorded"),
         Difference(3, 3, "the database has neither a row nor an outcome"),
         Difference(6, 6, "the text of the rejected event is not the one that was recorded"),
+    ]
+
+
+def test_a_difference_names_a_withdrawal_and_an_outcome_without_a_row(receipts: list[Receipt], chains: Chains) -> None:
+    with get_db() as db:
+        withdraw(db, receipts[1].event_id, "wrong", "operator")
+    _execute("""UPDATE withdrawals SET id = 2000, content = jsonb_set(content, '{balance}', '"1"')""")
+    _execute("DELETE FROM portfolio_history WHERE sequence = 1")
+    assert _audited(chains).differences == [
+        Difference(1, 1, "the database has neither a row nor an outcome"),
+        Difference(2, 2, "withdrawal 2000 of withdrawals has other content than was recorded"),
+        Difference(5, 5, "its row is missing: the database has only an outcome"),
     ]
 
 
