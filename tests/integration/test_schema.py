@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from consumers.errors import OldSchema, StoreUnavailable
 from consumers.operations import get_portfolio_history
 from producers.errors import InvalidEvent, SettingsError
 from producers.events import event_of
+from tests.documents import ROOT
 from tests.factories import a_snapshot
 from tests.legacy_databases import FIRST_GENERATION, OUTCOMES_BEFORE_DUPLICATE, SECOND_GENERATION
 
@@ -438,3 +440,11 @@ def test_url_that_is_not_of_postgresql_raises_settings_error(url: str) -> None:
     """The message names the setting, and no connection is tried."""
     with pytest.raises(SettingsError, match="^DATABASE_URL: "):
         create_store_engine(SecretStr(url))
+
+
+def test_init_db_takes_the_lock_of_the_schema_before_it_looks_at_the_tables() -> None:
+    """So it sees all or nothing of what another init-db does at the same time."""
+    lock = re.compile(r"SELECT pg_advisory_xact_lock\((\d+)\)")
+    files = [ROOT / name for name in ("schema.sql", "consumers/db/schema.py")]
+    (of_schema,), (of_init_db,) = [lock.findall(file.read_text("utf-8")) for file in files]
+    assert of_schema == of_init_db

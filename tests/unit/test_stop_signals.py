@@ -27,6 +27,7 @@ print("continues", flush=True)
     ("then", "status"),
     [
         ("exit_if_signal_was_lost()", 128 + 15),
+        ("from consumers.embedded.stack import stack\nwith stack(database=True):\n    print('servers run')", 128 + 15),
         ("on_stop_signals([signal.SIGTERM], lambda number, _: os._exit(number))", 15),
         ("on_stop_signals([signal.SIGTERM], lambda *_: None); exit_if_signal_was_lost()", 0),  # it was handled
     ],
