@@ -243,6 +243,18 @@ def test_password_never_reaches_the_servers_log(pair: Addresses, database_url: s
     assert {one.split("$")[0] for one in verifiers} == {"SCRAM-SHA-256"}
 
 
+def test_init_db_takes_back_what_everybody_was_granted_on_the_tables(database_url: str) -> None:
+    """Otherwise each role of the server could read them, or change them."""
+    tables = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
+    _execute(database_url, *(f"GRANT ALL ON {table} TO PUBLIC" for table in tables))
+    store = create_store_engine(SecretStr(database_url))
+    apply_schema(store)
+    with store.connect() as db:
+        granted = "SELECT count(*) FROM pg_class, aclexplode(relacl) WHERE relname = ANY (:tables) AND grantee = 0"
+        assert db.execute(text(granted), {"tables": list(tables)}).scalar_one() == 0
+    store.dispose()
+
+
 @pytest.mark.parametrize("word", ["NOTICE", "HINWEIS", "NOTICE ", "ЗАМЕЧАНИЕ", "お知らせ"])
 def test_notes_about_roles_are_found_in_each_language_of_the_server(empty_database_url: str, word: str) -> None:
     store = create_store_engine(SecretStr(empty_database_url))

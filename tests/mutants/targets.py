@@ -226,6 +226,7 @@ TARGETS = {
         tests=(
             "tests/integration/test_schema.py",
             "tests/integration/test_roles.py",
+            "tests/integration/test_other_schemas.py",
             "tests/integration/test_read_plans.py",
             "tests/test_history_operations.py",
             f"{_WITHDRAWALS}::test_a_withdrawn_snapshot_is_kept_with_exact_values",
