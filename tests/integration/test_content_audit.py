@@ -122,7 +122,7 @@ def test_unchanged_rows_equal_the_outbox(chains: Chains) -> None:
             """UPDATE portfolio_history SET timestamp = timestamp + interval '1 microsecond' WHERE sequence = 1""",
             [1, 5],
         ),
-        ("""UPDATE portfolio_history SET timestamp = 'infinity' WHERE sequence = 2""", [2]),
+        ("""UPDATE portfolio_history SET timestamp = 'infinity' WHERE sequence = 1""", [1, 5]),
         ("UPDATE portfolio_history SET timestamp = '9999-12-31 23:59:59Z' WHERE sequence = 1", [1, 5]),
         ("UPDATE portfolio_history SET timestamp = '0001-01-01 00:00:00Z' WHERE sequence = 1", [1, 5]),
         ("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence = 2", [2]),

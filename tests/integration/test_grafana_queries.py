@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -158,10 +159,13 @@ def test_outbox_that_nobody_scrapes_reaches_prometheus_as_a_text_file(
             (tmp_path / f"outbox.db.salvaged-{number}").touch()
         assert _samples(script, file)["trading_history_outbox_damaged_files"] == 1.0
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "damaged.db"))
+    before = set(threading.enumerate())
     with HistoryProducer(Redis(port=1), outbox=tmp_path / "damaged.db") as producer:
         for portfolio_id in range(100):
             producer.record(a_snapshot(portfolio_id=portfolio_id))
         producer.close(timeout=0)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # a relay that still runs would move the damaged file away
     with (tmp_path / "damaged.db").open("r+b") as damaged:
         damaged.seek(damaged.seek(0, os.SEEK_END) // 2 // 4096 * 4096)
         damaged.write(random.Random(1).randbytes(4096))

@@ -382,6 +382,19 @@ def test_an_event_that_the_database_cannot_store_now_is_not_rejected_by_a_stock_
     assert (receipt.state, _rows("SELECT * FROM event_outcomes")) == ("sent", [])
 
 
+def test_an_event_that_a_stock_worker_cannot_acknowledge_is_stored(
+    redis: Redis, work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its producer sends it again. Here, the key of the acknowledgements has another type."""
+    event = event_of(a_snapshot(), source="another/producer", sequence=1)
+    _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event), job_id="one")
+    redis.set(acknowledgement_key("another/producer"), "x")
+    work()
+    assert ([row["sequence"] for row in get_portfolio_history()], _queue(redis).failed_job_registry.count) == ([1], 0)
+    assert "cannot acknowledge job one; its producer sends the event again: " in caplog.text
+    assert "WRONGTYPE" in caplog.text
+
+
 def _backend_of(transaction: Callable[[], AbstractContextManager[Connection]]) -> int:
     """Return the id of the server's process, which each connection has for itself."""
     with transaction() as db:

@@ -662,6 +662,24 @@ def test_a_job_in_no_list_is_requeued(redis: Redis, monkeypatch: pytest.MonkeyPa
     assert Job.fetch(other.id, connection=redis).get_status() == "queued"
 
 
+def test_jobs_in_no_list_are_not_searched_while_the_queue_is_long(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading more than 1,000 ids would delay the worker. The search begins when the queue is short again."""
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
+    (job_id,) = enqueue_snapshots(redis, 1)
+    queue = history_queue(redis)
+    redis.delete(queue.key)
+    redis.rpush(queue.key, *(f"other-{number}" for number in range(1001)))
+    found = []
+    for _ in range(4):
+        redis.delete("history:orphans:history:scanned")
+        found.append(Orphans(redis, queue).requeue())
+        if len(found) == 2:
+            redis.lpop(queue.key)
+    assert found == [[], [], [], [job_id]]
+
+
 def test_a_job_in_no_list_is_requeued_after_redis_clock_was_set_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
