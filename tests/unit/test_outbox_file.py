@@ -26,10 +26,10 @@ from producers.errors import OutboxError
 from producers.file_operations import copy_file, folder_lock
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.redis_keys import job_id_of
 from producers.relay import Relay
 from tests.factories import a_snapshot
 from tests.forking import in_child
+from tests.outbox_entries import append_snapshots, job_ids_at, job_ids_of
 from tests.unit.conftest import queue_of
 
 NAME = "trading-controller"
@@ -38,20 +38,6 @@ NAME = "trading-controller"
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "data" / "outbox.db"
-
-
-def _append(outbox: Outbox, count: int = 1, after: int = 0) -> list[Accepted]:
-    return outbox.append(NAME, [a_snapshot(after=timedelta(after + n)) for n in range(count)])
-
-
-def _job_ids(accepted: list[Accepted]) -> list[str]:
-    return [job_id_of(one.source_id, one.sequence, one.nonce) for one in accepted]
-
-
-def _at_path(path: Path) -> list[str]:
-    """Return the job ids of the entries in the file at the path, read with a new connection."""
-    with Outbox(path) as found:
-        return [entry.job_id for entry in found.entries()]
 
 
 def _settle(outbox: Outbox, one: Accepted) -> None:
@@ -81,7 +67,7 @@ def _move_away(path: Path) -> None:
 
 def _replace_by_another(path: Path) -> None:
     with Outbox(path.with_name("new.db")) as other:
-        _append(other, 2, after=50)
+        append_snapshots(other, 2, after=50)
     path.with_name("new.db").replace(path)
 
 
@@ -96,16 +82,16 @@ def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
 ) -> None:
     """Unsettled entries are carried over once, with state and job ids. One log line reports it."""
     outbox = Outbox(path)
-    stored, *before = _append(outbox, 4)
+    stored, *before = append_snapshots(outbox, 4)
     _settle(outbox, stored)
     (sent,) = outbox.deliveries.pending(1)
     outbox.deliveries.mark_sent({sent.position: 100.0})
     remove(path)
-    after = _append(outbox, 2, after=10)
+    after = append_snapshots(outbox, 2, after=10)
 
-    found = _at_path(path)
+    found = job_ids_at(path)
     there = 2 if remove is _replace_by_another else 0
-    assert found[there:] == _job_ids([*before, *after])
+    assert found[there:] == job_ids_of([*before, *after])
     assert [outbox.status_of(one).state for one in (*before, *after)] == ["sent", *["pending"] * 4]
     (overdue,) = outbox.deliveries.overdue(10)
     assert overdue.job_id == sent.job_id  # is its job still in Redis?
@@ -115,21 +101,21 @@ def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
     (record,) = caplog.records
     assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use. Continuing")
     assert record.getMessage().endswith("with 3 entries carried over")
-    _append(outbox, after=20)
-    assert len(_at_path(path)) == len(found) + 1
+    append_snapshots(outbox, after=20)
+    assert len(job_ids_at(path)) == len(found) + 1
 
 
 @pytest.mark.parametrize("remove", [_unlink, _remove_all_files, _remove_folder, _move_away])
 def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], None]) -> None:
     """The new file also keeps the source, its number of resends and the token: it is the same outbox."""
     outbox = Outbox(path)
-    *_, before = _append(outbox, 3)
+    *_, before = append_snapshots(outbox, 3)
     for _ in range(2):
         outbox.resend(since=0)
     token = outbox.header.read().token
     outbox.header.set_destination("database 0 on here", "history")
     remove(path)
-    (after,) = _append(outbox)
+    (after,) = append_snapshots(outbox)
 
     assert (after.source, after.sequence) == (before.source, before.sequence + 1)
     assert outbox.sources()[0].current
@@ -142,7 +128,7 @@ def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], Non
 def test_deleted_rows_are_overwritten(path: Path) -> None:
     """A salvage reads what is left of a file, and must not take a deleted outcome for a present one."""
     with Outbox(path, repair=True) as outbox:
-        _append(outbox)
+        append_snapshots(outbox)
         modes = [db.execute("PRAGMA secure_delete").fetchone() for db in outbox._file._connections.values()]
         assert modes == [(1,)] * 2
 
@@ -154,7 +140,7 @@ def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
 ) -> None:
     """Its positions are those of other entries, or of none, in the file that is at the path then."""
     outbox = Outbox(path)
-    for one in _append(outbox, 20)[:10]:
+    for one in append_snapshots(outbox, 20)[:10]:
         _settle(outbox, one)
     if read == "pending":
         mark: Callable[[dict[int, float]], object] = outbox.deliveries.mark_sent
@@ -164,11 +150,11 @@ def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
         mark, batch = outbox.deliveries.postpone, [one.position for one in outbox.deliveries.overdue(10)]
     assert len(batch) == 10
     remove(path)
-    _append(outbox, 5, after=30)
+    append_snapshots(outbox, 5, after=30)
     before = outbox.status()
     assert before.depth == before.pending + before.sent >= 15
     mark(dict.fromkeys(batch, 100.0))
-    _append(outbox, 5, after=40)
+    append_snapshots(outbox, 5, after=40)
     status = outbox.status()
     assert (status.pending, status.sent) == (before.pending + 5, before.sent)
     assert len(outbox.deliveries.pending(100)) == status.pending
@@ -178,12 +164,12 @@ def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
 def test_new_events_get_the_source_of_an_outbox_that_replaced_the_open_one(path: Path) -> None:
     """Entries that are carried over keep their source."""
     outbox = Outbox(path)
-    (before,) = _append(outbox)
+    (before,) = append_snapshots(outbox)
     with Outbox(path.with_name("other.db")) as other:
-        (there,) = _append(other)
+        (there,) = append_snapshots(other)
         token = other.header.read().token
     path.with_name("other.db").replace(path)
-    (after,) = _append(outbox)
+    (after,) = append_snapshots(outbox)
 
     assert (after.source, after.sequence) == (there.source, 2)
     assert [(one.full_name, one.current) for one in outbox.sources()] == [(there.source, True), (before.source, False)]
@@ -194,27 +180,27 @@ def test_new_events_get_the_source_of_an_outbox_that_replaced_the_open_one(path:
 def test_newer_entries_are_carried_over_into_an_older_copy_of_the_outbox(path: Path, tmp_path: Path) -> None:
     """No number is used twice. Entries that are unsettled in the copy stay so, which only makes a duplicate."""
     outbox = Outbox(path)
-    first = _append(outbox)
+    first = append_snapshots(outbox)
     outbox.close()
     shutil.copyfile(path, tmp_path / "older.db")
-    second = _append(outbox, 2, after=5)
+    second = append_snapshots(outbox, 2, after=5)
     _settle(outbox, first[0])
     _settle(outbox, second[0])
     (tmp_path / "older.db").replace(path)
-    (third,) = _append(outbox, after=9)
+    (third,) = append_snapshots(outbox, after=9)
 
     assert (third.source, third.sequence) == (first[0].source, 4)
-    assert [entry.job_id for entry in outbox.entries()] == _job_ids([*first, second[1], third])
+    assert [entry.job_id for entry in outbox.entries()] == job_ids_of([*first, second[1], third])
     assert outbox.status().pending == 3
 
 
 def test_entries_that_a_file_at_the_path_has_are_left_unchanged(path: Path, tmp_path: Path) -> None:
     """An older copy was put back, in which the entries are pending. Only newer entries are carried over as sent."""
     outbox = Outbox(path)
-    before = _append(outbox, 3)
+    before = append_snapshots(outbox, 3)
     outbox.close()
     shutil.copyfile(path, tmp_path / "older.db")
-    (newer,) = _append(outbox, after=5)
+    (newer,) = append_snapshots(outbox, after=5)
     outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(4)})
     outbox.resend(since=time.time() + 100)
     (tmp_path / "older.db").replace(path)
@@ -227,12 +213,12 @@ def test_entries_that_a_file_at_the_path_has_are_left_unchanged(path: Path, tmp_
 def test_entries_of_copies_with_the_same_number_are_all_carried_over(path: Path, tmp_path: Path) -> None:
     """Each keeps its state. Two of them have met in the file before."""
     outbox = Outbox(path)
-    _append(outbox)
+    append_snapshots(outbox)
     outbox.close()
     shutil.copyfile(path, tmp_path / "copy.db")
     with Outbox(tmp_path / "copy.db") as copy:
-        (foreign,) = _append(copy, after=3)
-    (sent,) = _append(outbox, after=5)
+        (foreign,) = append_snapshots(copy, after=3)
+    (sent,) = append_snapshots(outbox, after=5)
     outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
     pending = replace(sent, nonce="f" * 16)
     columns = "recorder, recorded_at, event_id, type, summary, event"
@@ -252,13 +238,13 @@ def test_entries_of_copies_with_the_same_number_are_all_carried_over(path: Path,
 def test_a_name_that_the_file_at_the_path_does_not_use_any_more_keeps_its_source(path: Path) -> None:
     """Sources of other names, and those that were left, are no reason to leave it."""
     outbox = Outbox(path)
-    before = _append(outbox, 2)
+    before = append_snapshots(outbox, 2)
     with Outbox(path.with_name("new.db")) as other:
-        (accepted,) = _append(other)
+        (accepted,) = append_snapshots(other)
         other.header.replace_sources([accepted.source])
         other.append("other", [a_snapshot()])
     path.with_name("new.db").replace(path)
-    (after,) = _append(outbox, after=9)
+    (after,) = append_snapshots(outbox, after=9)
     assert (after.source, after.sequence) == (before[0].source, 3)
 
 
@@ -272,10 +258,10 @@ def test_reading_marking_and_settling_also_carry_over_entries(path: Path, remove
         lambda outbox, _: outbox.status(),
     ):
         outbox = Outbox(path)
-        accepted = _append(outbox, 2)
+        accepted = append_snapshots(outbox, 2)
         remove(path)
         use(outbox, accepted[0])
-        assert _job_ids(accepted) == _at_path(path)[-2:]
+        assert job_ids_of(accepted) == job_ids_at(path)[-2:]
         outbox.close()
         shutil.rmtree(path.parent)
 
@@ -286,16 +272,16 @@ def test_closing_an_outbox_carries_over_the_entries_of_a_removed_file(
 ) -> None:
     """That is the last chance: the file disappears with its last connection."""
     outbox = Outbox(path)
-    accepted = _append(outbox, 2)
+    accepted = append_snapshots(outbox, 2)
     remove(path)
     outbox.close()
-    assert _at_path(path)[-2:] == _job_ids(accepted)
+    assert job_ids_at(path)[-2:] == job_ids_of(accepted)
 
 
 def test_closing_logs_an_error_if_entries_cannot_be_carried_over(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A file is in the place of the folder."""
     outbox = Outbox(path)
-    _append(outbox)
+    append_snapshots(outbox)
     shutil.rmtree(path.parent)
     path.parent.write_text("in the way", encoding="utf-8")
     outbox.close()
@@ -308,85 +294,87 @@ def test_closing_logs_an_error_if_entries_cannot_be_carried_over(path: Path, cap
 def test_a_file_may_be_removed_several_times(path: Path, remove: Callable[[Path], None]) -> None:
     """SQLite's files of one file must not be used for the next file."""
     outbox = Outbox(path)
-    accepted = _append(outbox)
+    accepted = append_snapshots(outbox)
     for n in range(1, 6):
         remove(path)
-        accepted += _append(outbox, 2, after=10 * n)
+        accepted += append_snapshots(outbox, 2, after=10 * n)
         if n % 3 == 0:
             outbox.status()
-    assert set(_job_ids(accepted)) <= set(_at_path(path))
-    assert len(_at_path(path)) == len(accepted) + (2 * 5 if remove is _replace_by_another else 0)
+    assert set(job_ids_of(accepted)) <= set(job_ids_at(path))
+    assert len(job_ids_at(path)) == len(accepted) + (2 * 5 if remove is _replace_by_another else 0)
     assert outbox.generation == 5
 
 
 def test_a_new_file_does_not_use_the_log_of_a_removed_file(path: Path, tmp_path: Path) -> None:
     """The process was killed, so that its log is still there, and only the file was removed."""
     with Outbox(path) as outbox:
-        _append(outbox, 3)
+        append_snapshots(outbox, 3)
         shutil.copytree(path.parent, tmp_path / "killed")
     path = tmp_path / "killed" / "outbox.db"
     assert path.with_name("outbox.db-wal").stat().st_size > 0
     path.unlink()
-    accepted = _append(Outbox(path))
-    assert _at_path(path) == _job_ids(accepted)
+    accepted = append_snapshots(Outbox(path))
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 def test_a_position_in_a_replaced_file_covers_all_entries_of_the_file_there_now(path: Path) -> None:
     """Entries have other positions there: carried-over entries come after the entries that the file had."""
     outbox = Outbox(path)
-    _append(outbox, 1)
+    append_snapshots(outbox, 1)
     until = outbox.last_position()
-    _append(outbox, 1)
+    append_snapshots(outbox, 1)
     assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (1, 1)
     _replace_by_another(path)
     assert outbox.status().pending == 4
     assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
     until = outbox.last_position()
-    _append(outbox, 1)
+    append_snapshots(outbox, 1)
     assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
 
 
 def test_entries_of_a_removed_file_are_carried_over_before_a_fork(path: Path) -> None:
     """Its connections are closed before the fork; parent and child continue with the new file."""
     outbox = Outbox(path)
-    before = _append(outbox, 2)
+    before = append_snapshots(outbox, 2)
     path.unlink()
 
     def append() -> None:
-        assert [one.sequence for one in _append(outbox)] == [3]
+        assert [one.sequence for one in append_snapshots(outbox)] == [3]
 
     assert in_child(append) == 0
-    assert [one.sequence for one in _append(outbox)] == [4]
-    assert _at_path(path)[:2] == _job_ids(before)
-    assert len(_at_path(path)) == 4
+    assert [one.sequence for one in append_snapshots(outbox)] == [4]
+    assert job_ids_at(path)[:2] == job_ids_of(before)
+    assert len(job_ids_at(path)) == 4
 
 
 def test_an_outbox_removed_while_it_is_closed_starts_as_a_new_file(path: Path) -> None:
     """After a fork or close() no connection can read the removed file, so nothing is carried over."""
     outbox = Outbox(path)
-    _append(outbox)
+    append_snapshots(outbox)
     outbox.close()
     path.unlink()
-    (accepted,) = _append(outbox)
-    assert (accepted.sequence, len(_at_path(path))) == (1, 1)
+    (accepted,) = append_snapshots(outbox)
+    assert (accepted.sequence, len(job_ids_at(path))) == (1, 1)
 
 
 def test_two_users_of_a_removed_file_carry_over_each_entry_once(path: Path) -> None:
     """The first one creates the new file; the second one adds the entries that it appended in between."""
     first, second = Outbox(path), Outbox(path)
-    shared = [*_append(first, 2), *_append(second, 1, after=5)]
+    shared = [*append_snapshots(first, 2), *append_snapshots(second, 1, after=5)]
     path.unlink()
-    one, two, three = _append(first, after=10), _append(second, after=11), _append(first, after=12)
+    one = append_snapshots(first, after=10)
+    two = append_snapshots(second, after=11)
+    three = append_snapshots(first, after=12)
 
-    assert _at_path(path) == _job_ids([*shared, *one, *two, *three])
+    assert job_ids_at(path) == job_ids_of([*shared, *one, *two, *three])
     assert [entry.sequence for entry in first.entries()] == [1, 2, 3, 4, 5, 6]
 
 
 def _use(path: Path, pipe: Any) -> None:
     with Outbox(path) as outbox:
-        pipe.send(_job_ids(_append(outbox, 2)))
+        pipe.send(job_ids_of(append_snapshots(outbox, 2)))
         pipe.recv()
-        pipe.send(_job_ids(_append(outbox, 20)))
+        pipe.send(job_ids_of(append_snapshots(outbox, 20)))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -399,15 +387,15 @@ def test_a_replaced_file_is_opened_without_the_log_of_the_earlier_file(path: Pat
     expected = mine.recv()
     _replace_by_another(path)
     with Outbox(path, repair=True) as outbox:
-        expected += _job_ids(_append(outbox, 3, after=300))
+        expected += job_ids_of(append_snapshots(outbox, 3, after=300))
         mine.send("continue")
         assert mine.poll(20)
         expected += mine.recv()
-        expected += _job_ids(_append(outbox, 3, after=400))
+        expected += job_ids_of(append_snapshots(outbox, 3, after=400))
         assert [file.stat().st_size for file in outbox.quarantine.damaged_files()] == [0]  # beside the earlier log
     process.join(20)
 
-    assert set(expected) <= set(_at_path(path))
+    assert set(expected) <= set(job_ids_at(path))
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -451,7 +439,7 @@ def test_processes_that_use_a_removed_file_lose_no_entry(path: Path) -> None:
         user.join(60)
 
     assert [user.exitcode for user in users] == [0] * 3
-    assert sorted(_at_path(path)) == sorted(expected)
+    assert sorted(job_ids_at(path)) == sorted(expected)
     assert len(set(expected)) == 66
 
 
@@ -466,14 +454,14 @@ def test_a_new_file_opened_before_others_notice_the_removal_shares_no_log_with_t
     path.unlink()
     assert path.with_name("outbox.db-shm").exists()
     with Outbox(path) as outbox:
-        expected += _job_ids(_append(outbox, 3))
+        expected += job_ids_of(append_snapshots(outbox, 3))
         mine.send("continue")
         expected += mine.recv()
-        expected += _job_ids(_append(outbox, 3))
+        expected += job_ids_of(append_snapshots(outbox, 3))
     user.join(60)
 
     assert user.exitcode == 0
-    assert sorted(_at_path(path)) == sorted(expected)
+    assert sorted(job_ids_at(path)) == sorted(expected)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -491,9 +479,9 @@ def test_an_append_during_which_the_file_is_removed_is_in_the_file_at_the_path(
         return text(*arguments)
 
     monkeypatch.setattr(events.Draft, "text", removed_meanwhile)
-    accepted = _append(outbox)
+    accepted = append_snapshots(outbox)
     monkeypatch.undo()
-    assert _at_path(path) == _job_ids(accepted)
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 def test_a_file_replaced_while_it_is_opened_is_opened_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,23 +500,23 @@ def test_a_file_replaced_while_it_is_opened_is_opened_again(path: Path, monkeypa
     monkeypatch.setattr(sqlite3, "connect", replaced_meanwhile)
     outbox = Outbox(path)
     monkeypatch.undo()
-    accepted = _append(outbox)
+    accepted = append_snapshots(outbox)
     assert len(opened) > 1
-    assert _at_path(path) == _job_ids(accepted)
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 def test_an_append_to_a_path_that_became_unusable_raises_an_error_and_loses_no_entry(path: Path) -> None:
     """A folder is in the place of the file. Appending works again when it is removed."""
     outbox = Outbox(path)
-    before = _append(outbox)
+    before = append_snapshots(outbox)
     path.unlink()
     path.mkdir()
     for _ in range(2):
         with pytest.raises(OutboxError, match="outbox.db"):
-            _append(outbox)
+            append_snapshots(outbox)
     path.rmdir()
-    after = _append(outbox)
-    assert _at_path(path) == _job_ids([*before, *after])
+    after = append_snapshots(outbox)
+    assert job_ids_at(path) == job_ids_of([*before, *after])
 
 
 def test_an_unreadable_file_that_replaced_an_open_one_is_quarantined(
@@ -538,12 +526,12 @@ def test_an_unreadable_file_that_replaced_an_open_one_is_quarantined(
     outbox = Outbox(path, repair=True)
     lock = outbox.relay_lock()
     assert lock.acquire()
-    before = _append(outbox, 3)
+    before = append_snapshots(outbox, 3)
     path.with_name("broken").write_bytes(b"no database" * 1000)
     path.with_name("broken").replace(path)
-    after = _append(outbox)
+    after = append_snapshots(outbox)
 
-    assert _at_path(path) == _job_ids([*before, *after])
+    assert job_ids_at(path) == job_ids_of([*before, *after])
     (moved,) = outbox.quarantine.damaged_files()
     assert moved.read_bytes().startswith(b"no database")
     assert any("was moved to" in record.getMessage() for record in caplog.records)
@@ -558,7 +546,7 @@ def test_a_relay_marks_nothing_in_the_new_file_that_it_did_not_send(
     monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
     outbox = Outbox(path)
     relay = Relay(outbox, redis, "history", keep_seconds=3600.0)
-    _append(outbox, 2)
+    append_snapshots(outbox, 2)
     send = relay._sender._send
 
     def replaced_meanwhile(entries: Any) -> None:
@@ -570,8 +558,8 @@ def test_a_relay_marks_nothing_in_the_new_file_that_it_did_not_send(
     for _ in range(5):
         relay.sweep()
 
-    assert sorted(queue_of(redis).job_ids) == sorted(_at_path(path))
-    assert outbox.status().sent == len(_at_path(path))
+    assert sorted(queue_of(redis).job_ids) == sorted(job_ids_at(path))
+    assert outbox.status().sent == len(job_ids_at(path))
     relay.stop()
 
 
@@ -589,7 +577,7 @@ def test_a_producer_whose_outbox_is_removed_while_redis_is_away_delivers_all_eve
     assert producer.flush(10) == 0
     producer.close(timeout=0)
 
-    assert set(_job_ids([one._accepted for one in receipts])) <= set(queue_of(redis).job_ids)
+    assert set(job_ids_of([one._accepted for one in receipts])) <= set(queue_of(redis).job_ids)
 
 
 def test_an_outbox_stays_where_it_is_if_the_working_folder_changes(
@@ -598,12 +586,12 @@ def test_an_outbox_stays_where_it_is_if_the_working_folder_changes(
     """It also stays after close()."""
     (tmp_path / "elsewhere").mkdir()
     outbox = Outbox("data/outbox.db")
-    before = _append(outbox)
+    before = append_snapshots(outbox)
     monkeypatch.chdir(tmp_path / "elsewhere")
     outbox.close()
-    after = _append(outbox)
+    after = append_snapshots(outbox)
 
-    assert _at_path(tmp_path / "data" / "outbox.db") == _job_ids([*before, *after])
+    assert job_ids_at(tmp_path / "data" / "outbox.db") == job_ids_of([*before, *after])
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert outbox.path == tmp_path / "data" / "outbox.db"
 
@@ -623,9 +611,9 @@ def test_two_paths_to_one_file_are_one_outbox(path: Path, tmp_path: Path, link_t
     one.release()
     assert two.acquire()
     two.release()
-    accepted = [*_append(outbox), *_append(second)]
+    accepted = [*append_snapshots(outbox), *append_snapshots(second)]
     assert [one.sequence for one in accepted] == [1, 2]
-    assert _at_path(path) == _at_path(second_path) == _job_ids(accepted)
+    assert job_ids_at(path) == job_ids_at(second_path) == job_ids_of(accepted)
 
 
 def test_an_outbox_behind_a_link_follows_the_link_when_it_changes(path: Path, tmp_path: Path) -> None:
@@ -635,13 +623,13 @@ def test_an_outbox_behind_a_link_follows_the_link_when_it_changes(path: Path, tm
     current = tmp_path / "current"
     current.symlink_to(path.parent, target_is_directory=True)
     outbox = Outbox(current / "outbox.db")
-    before = _append(outbox)
+    before = append_snapshots(outbox)
     (tmp_path / "next").mkdir()
     current.unlink()
     current.symlink_to(tmp_path / "next", target_is_directory=True)
-    after = _append(outbox)
+    after = append_snapshots(outbox)
 
-    assert _at_path(tmp_path / "next" / "outbox.db") == _job_ids([*before, *after])
+    assert job_ids_at(tmp_path / "next" / "outbox.db") == job_ids_of([*before, *after])
 
 
 def test_a_relay_lock_is_lost_when_its_file_is_removed(path: Path) -> None:
@@ -687,10 +675,10 @@ def test_a_relay_continues_after_all_files_were_removed(path: Path, redis: faker
     outbox, other = Outbox(path), Outbox(path)
     relay = Relay(outbox, redis, "history", keep_seconds=3600.0)
     second = Relay(other, redis, "history", keep_seconds=3600.0)
-    _append(outbox)
+    append_snapshots(outbox)
     assert (relay.sweep(), second.sweep()) == (True, False)
     _remove_folder(path)
-    _append(other)
+    append_snapshots(other)
     assert (relay.sweep(), second.sweep()) == (True, False)
     assert len(queue_of(redis).job_ids) == 2
     relay.stop()
@@ -700,18 +688,18 @@ def test_a_relay_continues_after_all_files_were_removed(path: Path, redis: faker
 def test_a_quick_check_ends_in_time_as_unfinished(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An intact file has no fault. A check that takes too long is stopped."""
     outbox = Outbox(path)
-    _append(outbox, 20)
+    append_snapshots(outbox, 20)
     assert outbox.quick_check(60) is None
     monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
     assert outbox.quick_check(-1) == "unfinished"
-    assert [one.sequence for one in _append(outbox)] == [21]
+    assert [one.sequence for one in append_snapshots(outbox)] == [21]
     assert outbox.status().pending == 21
 
 
 def test_a_check_takes_at_most_the_given_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its parts together. Here each instruction of SQLite takes a millisecond."""
     outbox = Outbox(path)
-    _append(outbox, 50)
+    append_snapshots(outbox, 50)
     moments = (n / 1000 for n in itertools.count())
     monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
     monkeypatch.setattr(time, "monotonic", lambda: next(moments))
@@ -756,7 +744,7 @@ def test_two_names_of_one_file_become_two_outboxes(
         lock = outbox.relay_lock()
         assert lock.acquire()
         lock.release()
-        before = _append(outbox, 3)
+        before = append_snapshots(outbox, 3)
         if was_killed:
             shutil.copytree(path.parent, path.parent.with_name("killed"))
     if was_killed:
@@ -770,13 +758,13 @@ def test_two_names_of_one_file_become_two_outboxes(
         assert [lock.acquire() for lock in locks] == [True, True]
         here, there = [], []
         for n in range(20):
-            here += _append(outbox, 20, after=100 * n)
-            there += _append(other, 20, after=100 * n)
+            here += append_snapshots(outbox, 20, after=100 * n)
+            there += append_snapshots(other, 20, after=100 * n)
         for lock in locks:
             lock.release()
 
-    assert _at_path(path) == _job_ids([*before, *here])
-    assert _at_path(other_path) == _job_ids([*before, *there])
+    assert job_ids_at(path) == job_ids_of([*before, *here])
+    assert job_ids_at(other_path) == job_ids_of([*before, *there])
     assert "had a second name" in caplog.text
     for one in [*path.parent.iterdir(), *other_path.parent.iterdir()]:
         assert one.stat().st_nlink == 1
@@ -786,13 +774,13 @@ def test_two_names_of_one_file_become_two_outboxes(
 def test_an_open_file_that_gets_a_second_name_keeps_its_entries(path: Path) -> None:
     """A running producer is backed up by hard links and continues; then another process opens the file."""
     with Outbox(path, repair=True) as outbox:
-        accepted = _append(outbox, 3)
+        accepted = append_snapshots(outbox, 3)
         _link_all(path.parent, path.parent.with_name("backup"))
         with Outbox(path, repair=True) as other:
-            accepted += _append(outbox, 3, after=10)
-            accepted += _append(other, 3, after=20)
-            accepted += _append(outbox, 3, after=30)
-    assert _at_path(path) == _job_ids(accepted)
+            accepted += append_snapshots(outbox, 3, after=10)
+            accepted += append_snapshots(other, 3, after=20)
+            accepted += append_snapshots(outbox, 3, after=30)
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 @pytest.mark.parametrize("grows", ["-wal", ""], ids=["log", "file"])
@@ -809,16 +797,16 @@ def test_a_file_with_two_names_is_copied_although_its_log_grows_but_not_while_it
 
     monkeypatch.setattr("producers.outbox_place.copy_file", copied_meanwhile)
     with Outbox(path, repair=True) as outbox:
-        accepted = _append(outbox, 3)
+        accepted = append_snapshots(outbox, 3)
         _link_all(path.parent, path.parent.with_name("backup"))
         if grows:
             with Outbox(path, repair=True) as other:
-                assert [entry.job_id for entry in other.entries()] == _job_ids(accepted)
+                assert [entry.job_id for entry in other.entries()] == job_ids_of(accepted)
             assert next(times) >= 1_000_000_000 + 3 * 2  # it was tried again
         else:
             with pytest.raises(OutboxError, match="another process keeps writing to it under that name"):
                 Outbox(path, repair=True)
-    assert _at_path(path) == _job_ids(accepted)
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) -> None:
@@ -840,7 +828,7 @@ def test_entries_whose_state_is_lost_are_reported_and_sent_again(
     to no table then. The relay sends them again."""
     monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)  # a check of this small file would end before its deadline
     with Outbox(path) as outbox:
-        accepted = _append(outbox, 4)
+        accepted = append_snapshots(outbox, 4)
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(3)})
         if table == "outcomes":
             _settle(outbox, accepted[0])
@@ -860,14 +848,14 @@ def test_entries_whose_state_is_lost_are_reported_and_sent_again(
         assert len(outbox.deliveries.overdue(10)) == 3
         assert outbox.quick_check(60) is None
         Relay(outbox, redis, "history", keep_seconds=60).sweep()
-    assert sorted(queue_of(redis).job_ids) == sorted(_job_ids(accepted))
+    assert sorted(queue_of(redis).job_ids) == sorted(job_ids_of(accepted))
     assert [one.levelname for one in caplog.records] == ["ERROR"]
 
 
 def test_entries_between_two_batches_that_have_no_state_are_found(path: Path) -> None:
     """Only the row of the batch in the middle is lost."""
     with Outbox(path, repair=True) as outbox:
-        _append(outbox, 6)
+        append_snapshots(outbox, 6)
         for _ in range(3):
             outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
         assert outbox.quick_check(60) is None
@@ -882,7 +870,7 @@ def test_an_entry_that_is_settled_during_the_check_of_states_stays_settled(
 ) -> None:
     """Another process settles it, or deletes it, between the search and the repair."""
     with Outbox(path, repair=True) as outbox, Outbox(path) as other:
-        accepted = _append(outbox, 2)
+        accepted = append_snapshots(outbox, 2)
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
         with outbox._file.transaction() as db:
             db.execute("DELETE FROM batches")

@@ -11,43 +11,24 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from producers.acknowledgements import Acknowledgement, Outcome
-from producers.entries import Accepted
 from producers.errors import OutboxDamaged, OutboxError
 from producers.outbox import Outbox
 from producers.outbox_carry_over import CarryOver
 from producers.outbox_file import OutboxFile
 from producers.outbox_salvage import has_content_of_an_outbox, has_readable_entries
-from producers.redis_keys import job_id_of
-from tests.factories import a_snapshot
 from tests.forking import in_child
-
-NAME = "trading-controller"
+from tests.outbox_entries import append_snapshots, job_ids_at, job_ids_of
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "data" / "outbox.db"
-
-
-def _append(outbox: Outbox, count: int = 1, after: int = 0) -> list[Accepted]:
-    return outbox.append(NAME, [a_snapshot(after=timedelta(after + n)) for n in range(count)])
-
-
-def _job_ids(accepted: list[Accepted]) -> list[str]:
-    return [job_id_of(one.source_id, one.sequence, one.nonce) for one in accepted]
-
-
-def _at_path(path: Path) -> list[str]:
-    """Return the job ids of the entries in the file at the path, read with a new connection."""
-    with Outbox(path) as found:
-        return [entry.job_id for entry in found.entries()]
 
 
 def _at_connect(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
@@ -67,9 +48,9 @@ def test_a_file_that_is_replaced_when_its_second_connection_is_opened_keeps_its_
 ) -> None:
     """Reading and appending have separate connections. Both must be of the file at the path."""
     with Outbox(path) as outbox:
-        before = _append(outbox, 2)
+        before = append_snapshots(outbox, 2)
     with Outbox(path.with_name("other.db")) as other:
-        there = _append(other, 1, after=5)
+        there = append_snapshots(other, 1, after=5)
 
     with Outbox(path) as outbox:  # it has read the file, and has appended nothing yet
 
@@ -78,10 +59,10 @@ def test_a_file_that_is_replaced_when_its_second_connection_is_opened_keeps_its_
             other.path.replace(path)
 
         _at_connect(monkeypatch, replaced)
-        after = _append(outbox, 1, after=9)
+        after = append_snapshots(outbox, 1, after=9)
         assert outbox.generation == 1
         assert outbox.status().pending == 4
-    assert _at_path(path) == _job_ids([*there, *before, *after])
+    assert job_ids_at(path) == job_ids_of([*there, *before, *after])
 
 
 def test_a_file_that_is_replaced_at_each_try_to_open_it_raises_an_error(
@@ -93,10 +74,10 @@ def test_a_file_that_is_replaced_at_each_try_to_open_it_raises_an_error(
     names = (path.with_name(f"moved-{n}") for n in itertools.count())
     _at_connect(monkeypatch, lambda: path.rename(next(names)) if path.exists() else None)
     with pytest.raises(OutboxError, match=f"^outbox {path}: was replaced 5 times while it was being opened$"):
-        _append(outbox)
+        append_snapshots(outbox)
     monkeypatch.undo()
-    accepted = _append(outbox)
-    assert _at_path(path) == _job_ids(accepted)
+    accepted = append_snapshots(outbox)
+    assert job_ids_at(path) == job_ids_of(accepted)
 
 
 def test_a_second_name_that_another_process_removes_meanwhile_is_no_reason_for_a_copy(
@@ -121,34 +102,34 @@ def test_a_second_name_that_another_process_removes_meanwhile_is_no_reason_for_a
 def test_entries_that_a_child_has_carried_over_are_not_carried_over_again(path: Path) -> None:
     """The path is unusable at the fork, so that parent and child both have the entries of the removed file."""
     outbox = Outbox(path)
-    before = _append(outbox, 2)
+    before = append_snapshots(outbox, 2)
     path.unlink()
     path.mkdir()
     with pytest.raises(OutboxError, match="is a folder"):
-        _append(outbox)
+        append_snapshots(outbox)
 
     def append() -> None:
         path.rmdir()
-        assert [one.sequence for one in _append(outbox)] == [3]
+        assert [one.sequence for one in append_snapshots(outbox)] == [3]
 
     assert in_child(append) == 0
-    assert [one.sequence for one in _append(outbox)] == [4]
-    found = _at_path(path)
-    assert found[:2] == _job_ids(before)
+    assert [one.sequence for one in append_snapshots(outbox)] == [4]
+    found = job_ids_at(path)
+    assert found[:2] == job_ids_of(before)
     assert len(found) == 4
 
 
 def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_room(path: Path) -> None:
     """Until then, each call raises an error, and the entries are in a file beside the outbox."""
     with Outbox(path.with_name("full.db")) as full:
-        settled = _append(full, 300)
+        settled = append_snapshots(full, 300)
         full.deliveries.mark_sent({one.position: 0.0 for one in full.deliveries.pending(300)})
     outbox = Outbox(path, max_bytes=2**17)
-    before = _append(outbox, 2, after=1000)
+    before = append_snapshots(outbox, 2, after=1000)
     full.path.replace(path)
     for _ in range(2):
         with pytest.raises(OutboxError, match="is full"):
-            _append(outbox)
+            append_snapshots(outbox)
     assert len(list(path.parent.glob("*.taken-out-*"))) == 1
 
     with Outbox(path) as other:
@@ -157,8 +138,8 @@ def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_
         found = {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, stored, at=0) for one in settled}
         other.deliveries.settle(settled[0].source_id, 0, found)
         assert other.deliveries.prune(keep_seconds=-1) == 300
-    after = _append(outbox, 1, after=2000)
-    assert _at_path(path) == _job_ids([*before, *after])
+    after = append_snapshots(outbox, 1, after=2000)
+    assert job_ids_at(path) == job_ids_of([*before, *after])
     assert list(path.parent.glob("*.taken-out-*")) == []
     assert outbox.generation == 1
 
@@ -166,19 +147,19 @@ def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_
 def test_entries_of_a_removed_file_are_carried_over_when_the_disk_has_room_again(path: Path) -> None:
     """A limit of the process simulates the full disk. Until then, each call raises an error."""
     outbox = Outbox(path)
-    before = _append(outbox, 20)
+    before = append_snapshots(outbox, 20)
     path.unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         for _ in range(2):
             with pytest.raises(OutboxError, match=f"^outbox {path}"):
-                _append(outbox)
+                append_snapshots(outbox)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(path.parent.glob("*.taken-out-*")) == []
-    after = _append(outbox, after=30)
-    assert _at_path(path) == _job_ids([*before, *after])
+    after = append_snapshots(outbox, after=30)
+    assert job_ids_at(path) == job_ids_of([*before, *after])
 
 
 def test_the_note_beside_a_file_that_replaced_another_one_names_it_before_its_log_exists(
@@ -199,7 +180,7 @@ def test_a_file_that_cannot_be_opened_is_not_quarantined(path: Path, monkeypatch
     """Whether another process has replaced the damaged file is not known then."""
     with Outbox(path, repair=True) as outbox:
         outbox.relay_lock().acquire()
-        accepted = _append(outbox)
+        accepted = append_snapshots(outbox)
         outbox.close()
 
         def fail(*_: object, **__: object) -> None:
@@ -210,7 +191,7 @@ def test_a_file_that_cannot_be_opened_is_not_quarantined(path: Path, monkeypatch
             _quarantine(outbox)
         monkeypatch.undo()
         assert outbox.quarantine.damaged_files() == []
-        assert [entry.job_id for entry in outbox.entries()] == _job_ids(accepted)
+        assert [entry.job_id for entry in outbox.entries()] == job_ids_of(accepted)
 
 
 def test_an_open_damaged_file_that_another_process_has_quarantined_prevents_no_event(
@@ -219,7 +200,7 @@ def test_an_open_damaged_file_that_another_process_has_quarantined_prevents_no_e
     """Its entries cannot be carried over. A relay salvages them from the quarantined file."""
     with Outbox(path, repair=True) as outbox, Outbox(path, repair=True) as other:
         outbox.relay_lock().acquire()
-        _append(outbox)
+        append_snapshots(outbox)
         _quarantine(other)
 
         def fail(*_: object) -> None:
@@ -227,18 +208,18 @@ def test_an_open_damaged_file_that_another_process_has_quarantined_prevents_no_e
 
         monkeypatch.setattr(CarryOver, "take_out", fail)
         _quarantine(outbox)
-        after = _append(outbox, after=1)
-        assert [entry.job_id for entry in outbox.entries()] == _job_ids(after)
+        after = append_snapshots(outbox, after=1)
+        assert [entry.job_id for entry in outbox.entries()] == job_ids_of(after)
     assert "its entries could not be carried over: disk I/O error" in caplog.text
 
 
 def test_a_snapshot_shows_one_state_while_others_write(path: Path) -> None:
     with Outbox(path) as writing, Outbox(path) as reading:
-        _append(writing)
+        append_snapshots(writing)
         count = "SELECT count(*) FROM entries"
         with reading._file.snapshot() as db:
             assert db.execute(count).fetchone() == (1,)
-            _append(writing)
+            append_snapshots(writing)
             assert db.execute(count).fetchone() == (1,)
         assert reading.status().pending == 2
 
@@ -271,7 +252,7 @@ def test_a_quarantined_file_replaces_no_earlier_one(path: Path) -> None:
     """Its name has its inode, which an earlier file may have had too."""
     with Outbox(path, repair=True) as outbox:
         outbox.relay_lock().acquire()
-        accepted = _append(outbox)
+        accepted = append_snapshots(outbox)
         first = path.with_name(f"outbox.db.damaged-{path.stat().st_ino}")
         earlier = [first, first.with_name(f"{first.name}-2")]
         for file in earlier:
@@ -279,7 +260,7 @@ def test_a_quarantined_file_replaces_no_earlier_one(path: Path) -> None:
         assert _quarantine(outbox) == first.with_name(f"{first.name}-3")
         assert [file.read_bytes() for file in earlier] == [b"earlier"] * 2
         outbox.quarantine.salvage(first.with_name(f"{first.name}-3"))
-        assert [entry.job_id for entry in outbox.entries()] == _job_ids(accepted)
+        assert [entry.job_id for entry in outbox.entries()] == job_ids_of(accepted)
 
 
 @pytest.mark.parametrize("user", [0, 1000], ids=["root", "another user"])
@@ -290,22 +271,22 @@ def test_each_user_can_quarantine_a_file_and_break_its_second_name(
     monkeypatch.setattr(os, "geteuid", lambda: user)
     with Outbox(path, repair=True) as outbox:
         outbox.relay_lock().acquire()
-        accepted = _append(outbox)
+        accepted = append_snapshots(outbox)
         _quarantine(outbox)
         assert path.exists() == (user == 0)
-        accepted += _append(outbox, after=1)
+        accepted += append_snapshots(outbox, after=1)
     path.with_name("second.db").hardlink_to(path)
     with Outbox(path, repair=True) as outbox:
         assert path.stat().st_nlink == 1
         outbox.quarantine.salvage(*outbox.quarantine.damaged_files())
-        assert {entry.job_id for entry in outbox.entries()} == set(_job_ids(accepted))
+        assert {entry.job_id for entry in outbox.entries()} == set(job_ids_of(accepted))
 
 
 @pytest.mark.parametrize("found", [has_content_of_an_outbox, has_readable_entries])
 def test_a_file_that_was_removed_or_cannot_be_read_has_no_content(path: Path, found: Callable[[Path], bool]) -> None:
     """Another process has moved it meanwhile, or a folder has its name."""
     with Outbox(path) as outbox:
-        _append(outbox)
+        append_snapshots(outbox)
     assert found(path)
     path.unlink()
     assert not found(path)
