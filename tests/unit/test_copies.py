@@ -710,6 +710,20 @@ def test_a_redis_that_lost_its_last_writes_has_a_token_of_this_outbox(
     assert again.record(a_snapshot()) == source
 
 
+def test_sources_with_different_tokens_of_this_outbox_keep_their_names(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """Redis has all tokens that the outbox knows: it lost the last write of one source only."""
+    one = bot("a")
+    sources = [one.record(a_snapshot(), name=name) for name in ("first", "second")]
+    _sweep(one)
+    header = one.outbox.header.read()
+    for source, token in zip(sources, sorted(header.tokens), strict=True):
+        redis.set(token_key(source), token)
+    copies.CopyGuard(one.outbox, redis).check()
+    assert [source.current for source in one.outbox.sources()] == [True, True]
+
+
 def test_two_relays_of_a_copy_replace_its_source_once(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
     """The second one saw the copied source before a producer took the new one."""
     original = bot("a")
