@@ -389,6 +389,7 @@ def test_an_event_that_a_stock_worker_cannot_acknowledge_is_stored(
     event = event_of(a_snapshot(), source="another/producer", sequence=1)
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event), job_id="one")
     redis.set(acknowledgement_key("another/producer"), "x")
+    caplog.set_level("WARNING", logger="rq.worker.history")  # commands in earlier tests change the level of rq.worker
     work()
     assert ([row["sequence"] for row in get_portfolio_history()], _queue(redis).failed_job_registry.count) == ([1], 0)
     assert "cannot acknowledge job one; its producer sends the event again: " in caplog.text
