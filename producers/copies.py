@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # The token of a source that is not used for this long expires. A missing token is accepted.
 _TOKEN_TTL_SECONDS = 30 * 24 * 3600
 _CHECK_SECONDS = 5.0
-_EXCHANGE_SECONDS = 60.0  # an outbox restored from a backup that is older than this has an old token
+_EXCHANGE_SECONDS = 60.0  # a restored backup that is younger may not be detected
 _TRIES = 5
 
 
